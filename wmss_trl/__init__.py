@@ -1,0 +1,19 @@
+"""Weak-Driven Learning (WMSS) for TRL."""
+
+from ._version import __version__
+from .config import WMSSConfig
+from .curriculum import CurriculumSampler, draw_active_set, sampling_weights
+from .losses import mixed_cross_entropy
+from .scoring import score_entropy
+from .trainer import WMSSTrainer
+
+__all__ = [
+    "CurriculumSampler",
+    "WMSSConfig",
+    "WMSSTrainer",
+    "__version__",
+    "draw_active_set",
+    "mixed_cross_entropy",
+    "sampling_weights",
+    "score_entropy",
+]

@@ -1,0 +1,218 @@
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from .curriculum import CURRICULUM_VARIANTS
+
+
+@dataclass
+class WMSSConfig(SFTConfig):
+    """
+    Configuration class for the [`WMSSTrainer`].
+
+    This class includes only the parameters that are specific to Weak-Driven Learning (WMSS, arXiv 2602.08222). For a
+    full list of training arguments, please refer to the [`~transformers.TrainingArguments`] and [`~trl.SFTConfig`]
+    documentation.
+
+    Args:
+        mixing_lambda (`float`, *optional*, defaults to `0.5`):
+            Weight of the strong model in the mixed logits `lambda * z_strong + (1 - lambda) * z_weak`, in `(0, 1]`. At
+            `1.0` the loss is SFT's and no training step runs the weak model. The paper reports a plateau of 0.42-0.50.
+        anchor_weight (`float`, *optional*, defaults to `0.0`):
+            Weight `a` in `[0, 1)` of the strong model's own cross-entropy: the loss is `a * CE(z_strong) + (1 - a) *
+            CE(z_mix)`. `0.0` is the published method. An insurance against losing to SFT, not an improvement (see the
+            study in the documentation).
+        lambda_schedule (`str`, *optional*, defaults to `"constant"`):
+            How `mixing_lambda` changes over training. Only `"constant"` is supported in this version.
+        sft_epochs (`int`, *optional*, defaults to `1`):
+            Number of epochs of plain SFT (phase 1) before the weak-driven epochs. `0` starts from a model that is
+            already fine-tuned.
+        train_weak (`bool`, *optional*, defaults to `False`):
+            Whether the weak model is trained on the mixed loss as well (the paper's Algorithm 1). Only `False` is
+            supported in this version.
+        weak_refresh (`str`, *optional*, defaults to `"never"`):
+            When the weak model is replaced by a later state of the strong model. Only `"never"` is supported in this
+            version.
+        curriculum (`bool`, *optional*, defaults to `True`):
+            Whether each weak-driven epoch trains on an active set drawn by the change of entropy. If `False`, it
+            trains on the whole data set and no scoring is done.
+        curriculum_variant (`str`, *optional*, defaults to `"released"`):
+            Formula of the sampling weights, see [`~wmss_trl.curriculum.sampling_weights`]. Possible values are
+            `"released"` (the paper's code), `"v1"` and `"v2"` (the two versions of the paper).
+        difficulty_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of the difficulty term: examples that are still uncertain. A `"v2"` run of the paper uses `0.8`.
+        consolidation_weight (`float`, *optional*, defaults to `0.8`):
+            Weight of the consolidation term: examples whose entropy fell. A `"v2"` run of the paper uses `0.1`.
+        repair_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of the regression-repair term: examples whose entropy rose.
+        active_fraction (`float`, *optional*, defaults to `0.63`):
+            Size of the active set as a fraction of the data set, in `(0, 1]`: each weak-driven epoch trains on
+            `round(active_fraction * n)` examples. The default is `1 - 1/e`, the share that the published "n draws
+            with replacement, drop repeats" keeps under uniform weights; the paper's math run kept 0.56.
+        curriculum_replacement (`bool`, *optional*, defaults to `False`):
+            Whether the active set is drawn with replacement and keeps its repeats, as in the paper's code (which
+            draws `n` examples: set `active_fraction=1.0`).
+        scoring_batch_size (`int`, *optional*):
+            Number of examples per device in a forward pass of the scoring. Defaults to `per_device_eval_batch_size`.
+        weak_model_name_or_path (`str`, *optional*):
+            Hub id or checkpoint folder of the weak model. Used when the trainer gets no `weak_model`. If neither is
+            given, the weak model is the model as it was handed in (the paper's M0).
+        weak_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when the weak model is loaded
+            by name or path. `dtype` defaults to the strong model's.
+
+    Raises:
+        ValueError: If an option is out of range or is not supported in this version.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "weak_model_init_kwargs"]  # noqa: RUF012
+
+    mixing_lambda: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the strong model in the mixed logits, in (0, 1]. 1.0 is plain SFT."},
+    )
+    anchor_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight in [0, 1) of the strong model's own cross-entropy beside the mixed one."},
+    )
+    lambda_schedule: str = field(
+        default="constant",
+        metadata={"help": "How mixing_lambda changes over training.", "choices": ["constant"]},
+    )
+    sft_epochs: int = field(
+        default=1,
+        metadata={"help": "Number of epochs of plain SFT before the weak-driven epochs."},
+    )
+    train_weak: bool = field(
+        default=False,
+        metadata={"help": "Whether the weak model is trained too. Only False is supported in this version."},
+    )
+    weak_refresh: str = field(
+        default="never",
+        metadata={"help": "When the weak model is replaced by a later state of the strong one.", "choices": ["never"]},
+    )
+    curriculum: bool = field(
+        default=True,
+        metadata={"help": "Whether weak-driven epochs train on an active set drawn by the change of entropy."},
+    )
+    curriculum_variant: str = field(
+        default="released",
+        metadata={"help": "Formula of the sampling weights.", "choices": list(CURRICULUM_VARIANTS)},
+    )
+    difficulty_weight: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the difficulty term (examples that are still uncertain)."},
+    )
+    consolidation_weight: float = field(
+        default=0.8,
+        metadata={"help": "Weight of the consolidation term (examples whose entropy fell)."},
+    )
+    repair_weight: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the regression-repair term (examples whose entropy rose)."},
+    )
+    active_fraction: float = field(
+        default=0.63,
+        metadata={"help": "Size of the active set as a fraction of the data set, in (0, 1]."},
+    )
+    curriculum_replacement: bool = field(
+        default=False,
+        metadata={"help": "Whether the active set is drawn with replacement and keeps its repeats."},
+    )
+    scoring_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples per device in a scoring forward. Defaults to per_device_eval_batch_size."},
+    )
+    weak_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of the weak model. Defaults to the model as handed in (M0)."},
+    )
+    weak_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `from_pretrained` when the weak model is loaded by name or path."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_weak_driven_options()
+        if self.max_steps <= 0 and self.sft_epochs >= self.num_train_epochs and self.uses_weak_model:
+            warnings.warn(
+                f"`sft_epochs={self.sft_epochs}` with `num_train_epochs={self.num_train_epochs}` leaves no "
+                "weak-driven epoch: the run is plain SFT. Raise `num_train_epochs` or lower `sft_epochs`.",
+                stacklevel=2,
+            )
+
+    @property
+    def uses_weak_model(self) -> bool:
+        """Whether any part of the method (mixed loss or curriculum) asks for a weak model."""
+        return self.curriculum or self.mixing_lambda < 1
+
+    def _check_weak_driven_options(self) -> None:
+        if not 0 < self.mixing_lambda <= 1:  # also false for NaN
+            raise ValueError(
+                f"`mixing_lambda` must be in (0, 1], got {self.mixing_lambda}. At 0 the strong model gets no "
+                "gradient; 1 is plain SFT; the paper uses 0.5."
+            )
+        if not 0 <= self.anchor_weight < 1:
+            raise ValueError(
+                f"`anchor_weight` must be in [0, 1), got {self.anchor_weight}. For plain SFT set `mixing_lambda=1.0`."
+            )
+        for option, supported in (("lambda_schedule", "constant"), ("train_weak", False), ("weak_refresh", "never")):
+            value = getattr(self, option)
+            if value != supported:
+                raise ValueError(
+                    f"`{option}={value!r}` is not supported in this version. Use `{option}={supported!r}`."
+                )
+        if isinstance(self.sft_epochs, bool) or int(self.sft_epochs) != self.sft_epochs or self.sft_epochs < 0:
+            raise ValueError(
+                f"`sft_epochs` must be a whole number >= 0, got {self.sft_epochs}. Use 0 to start from a model that "
+                "is already fine-tuned."
+            )
+        if self.curriculum_variant not in CURRICULUM_VARIANTS:
+            raise ValueError(
+                f"`curriculum_variant` must be one of {list(CURRICULUM_VARIANTS)}, got {self.curriculum_variant!r}."
+            )
+        weights = {
+            option: getattr(self, option) for option in ("difficulty_weight", "consolidation_weight", "repair_weight")
+        }
+        for option, value in weights.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{option}` must be a finite number >= 0, got {value}.")
+        if not any(weights.values()):
+            raise ValueError(
+                f"{', '.join(f'`{option}`' for option in weights)} are all 0, so no example could be drawn. Make one "
+                "of them positive, or set `curriculum=False` to train on the whole data set."
+            )
+        if not 0 < self.active_fraction <= 1:
+            raise ValueError(
+                f"`active_fraction` must be in (0, 1], got {self.active_fraction}. Use 1.0 to keep as many examples "
+                "as the data set has."
+            )
+        if self.scoring_batch_size is not None and self.scoring_batch_size < 1:
+            raise ValueError(
+                f"`scoring_batch_size` must be >= 1, got {self.scoring_batch_size}. Leave it unset to use "
+                f"`per_device_eval_batch_size` ({self.per_device_eval_batch_size})."
+            )
+        if self.mixing_lambda < 1 and self.loss_type != "nll":
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` cannot be combined with the mixed loss, which is defined on the "
+                "cross-entropy. Use `loss_type='nll'`, or `mixing_lambda=1.0` for the curriculum alone."
+            )
+        if self.mixing_lambda < 1 and self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` cannot be combined with the mixed loss. Set "
+                "it to 0.0."
+            )
+        if self.curriculum and self.packing:
+            raise ValueError(
+                "`packing=True` cannot be combined with `curriculum=True` in this version: examples are scored and "
+                "drawn one by one, while a packed row holds several. Set `packing=False` or `curriculum=False`."
+            )
+        if self.curriculum and self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` cannot be combined with "
+                "`curriculum=True` in this version. Use 'random' or 'sequential', or set `curriculum=False`."
+            )

@@ -1,0 +1,50 @@
+"""Epochs of two lengths in one run: the whole data set in phase 1, the active set in the weak-driven epochs."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class EpochPlan:
+    """
+    Number of batches and optimizer steps of each epoch of a run.
+
+    Args:
+        sft_epochs (`int`):
+            Number of epochs over the whole data set at the start of the run.
+        full_batches (`int`):
+            Batches per process in such an epoch.
+        active_batches (`int`):
+            Batches per process in each later epoch.
+        accumulation (`int`):
+            Gradient accumulation steps.
+    """
+
+    sft_epochs: int
+    full_batches: int
+    active_batches: int
+    accumulation: int
+
+    def batches(self, epoch: int) -> int:
+        return self.full_batches if epoch < self.sft_epochs else self.active_batches
+
+    def steps(self, epoch: int) -> int:
+        return max(1, math.ceil(self.batches(epoch) / self.accumulation))
+
+    def total_steps(self, num_epochs: float) -> int:
+        """Optimizer steps in `num_epochs` epochs; a fraction counts as that share of the last epoch."""
+        whole = math.floor(num_epochs)
+        return math.ceil(sum(map(self.steps, range(whole))) + (num_epochs - whole) * self.steps(whole))
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Epoch that optimizer step `step` (counted from 0) belongs to, and the number of steps before it there."""
+        full, active = self.steps(self.sft_epochs - 1), self.steps(self.sft_epochs)
+        if step < self.sft_epochs * full:
+            return divmod(step, full)
+        epoch, within = divmod(step - self.sft_epochs * full, active)
+        return self.sft_epochs + epoch, within
+
+    def num_epochs(self, max_steps: int) -> int:
+        """Number of epochs that `max_steps` optimizer steps touch."""
+        epoch, within = self.locate(max_steps)
+        return epoch + (within > 0)

@@ -1,0 +1,161 @@
+"""The weak reference: the frozen model whose logits are mixed into the loss, and where it comes from."""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .scoring import evaluating
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+class WeakReference:
+    """
+    A weak model of its own, frozen.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The weak model. Its parameters stop requiring gradients.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.requires_grad_(False)
+        self.fingerprint = fingerprint(dict(model.named_parameters()))
+
+    @contextmanager
+    def activated(self) -> Iterator[nn.Module]:
+        """The model to call for weak logits, in eval mode and without gradients while the context lasts."""
+        with evaluating(self.model):
+            yield self.model
+
+
+class DisabledAdapter(WeakReference):
+    """
+    The base of a PEFT model, which is the model with its adapter switched off: it costs no memory.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The strong model. Its adapter must have started as the identity, or the base is not the model that
+            training started from.
+    """
+
+    def __init__(self, model: "PeftModel"):
+        self.model = model
+        self.fingerprint = fingerprint({n: p for n, p in model.named_parameters() if not p.requires_grad})
+
+    @contextmanager
+    def activated(self) -> Iterator[nn.Module]:
+        with evaluating(self.model), self.model.disable_adapter():
+            yield self.model
+
+
+def keeps_base_weights(peft_config: "PeftConfig") -> bool:
+    """Whether a new adapter leaves the base weights alone, unlike PiSSA, OLoRA and the like, which move part of them
+    into the adapter."""
+    return getattr(peft_config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva")
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Copy of a model for use as the weak reference, on the same device.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A model that the SFTTrainer has taken in.
+
+    Raises:
+        ValueError: If the model is split over several devices.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(base, "_old_forward"):
+        raise ValueError(
+            "The model is dispatched over several devices with `device_map`, so it cannot be copied as the weak "
+            "model. Pass `weak_model` as a path or hub id, or load the model on one device."
+        )
+    weak = copy.deepcopy(model)
+    weak_base = weak.get_base_model() if hasattr(weak, "get_base_model") else weak
+    # TRL's fused LM head is an instance attribute whose closure runs the original model (checked with TRL 1.16)
+    vars(weak_base).pop("forward", None)
+    return weak
+
+
+def load_weak_model(name_or_path: str, strong: PreTrainedModel, **init_kwargs: Any) -> PreTrainedModel:
+    """
+    Load a weak model from a checkpoint folder (of a model, or of an adapter with its base) or the Hub.
+
+    Args:
+        name_or_path (`str`):
+            Folder or hub id.
+        strong ([`~transformers.PreTrainedModel`]):
+            The strong model, whose `dtype` and attention implementation are the defaults.
+        init_kwargs:
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`].
+    """
+    init_kwargs.setdefault("dtype", strong.dtype)
+    init_kwargs.setdefault("attn_implementation", strong.config._attn_implementation)
+    # Loading may draw random numbers; phase 1 must not notice
+    with torch.random.fork_rng(devices=[]):
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+
+
+def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer stored with a model, or `None` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_same_vocabulary(
+    strong: PreTrainedModel,
+    weak: PreTrainedModel,
+    strong_tokenizer: PreTrainedTokenizerBase | None = None,
+    weak_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """
+    Check that logits of both models can be mixed: equal vocabulary sizes and, where both tokenizers are known, no
+    token id with two meanings.
+
+    Raises:
+        ValueError: If the vocabularies differ.
+    """
+    strong_size, weak_size = (model.get_output_embeddings().weight.shape[0] for model in (strong, weak))
+    remedy = "Use an earlier checkpoint of the same model, or another model with the same tokenizer."
+    if strong_size != weak_size:
+        raise ValueError(
+            f"`weak_model` has a vocabulary of {weak_size} tokens and the model one of {strong_size}: their logits "
+            f"cannot be mixed. {remedy}"
+        )
+    if strong_tokenizer is None or weak_tokenizer is None:
+        return
+    strong_tokens, weak_tokens = (
+        {index: token for token, index in tokenizer.get_vocab().items()}
+        for tokenizer in (strong_tokenizer, weak_tokenizer)
+    )
+    clashes = [i for i in sorted(strong_tokens.keys() & weak_tokens.keys()) if strong_tokens[i] != weak_tokens[i]]
+    if clashes:
+        first = clashes[0]
+        raise ValueError(
+            f"`weak_model` has another tokenizer: {len(clashes)} token ids mean something else, for example id "
+            f"{first} is {weak_tokens[first]!r} there and {strong_tokens[first]!r} in the model. {remedy}"
+        )
+
+
+def fingerprint(parameters: dict[str, nn.Parameter]) -> str:
+    """Hash of parameter names, shapes and a sample of up to 64 values of each: cheap, and enough to tell checkpoints
+    apart."""
+    digest = hashlib.sha256()
+    samples = []
+    for name, parameter in parameters.items():
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        flat = parameter.detach().flatten()
+        samples.append(flat[:: max(1, len(flat) // 64)][:64].float().cpu())
+    digest.update(torch.cat(samples).numpy().tobytes() if samples else b"")
+    return digest.hexdigest()[:16]
