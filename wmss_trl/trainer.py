@@ -171,7 +171,8 @@ class WMSSTrainer(SFTTrainer):
             return WMSSConfig(f"{name.split('/')[-1]}-WMSS")
         if isinstance(args, WMSSConfig):
             return args
-        return WMSSConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the hub token
+        options = args.to_dict()  # which hides the value of every `..._token` option
+        return WMSSConfig(**{key: getattr(args, key) if key.endswith("_token") else options[key] for key in options})
 
     def _check_supported(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -22,17 +22,17 @@ class WeakReference:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The weak model. Its parameters stop requiring gradients.
+            The weak model. It is put into eval mode and its parameters stop requiring gradients.
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(False).eval()
         self.fingerprint = fingerprint(dict(model.named_parameters()))
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
         """The model to call for weak logits, in eval mode and without gradients while the context lasts."""
-        with evaluating(self.model):
+        with torch.no_grad():
             yield self.model
 
 

@@ -1,0 +1,201 @@
+import itertools
+import time
+
+import numpy as np
+import pytest
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+
+from wmss_trl.curriculum import CurriculumSampler, draw_active_set, sampling_weights
+
+
+def positive_part(x):
+    return x if x > 0 else 0.0
+
+
+def brute_force_weights(weak, strong, variant, d, c, r):
+    terms = []
+    for w, s in zip(weak, strong, strict=True):
+        difficulty = s if variant == "v2" else w
+        terms.append((difficulty, positive_part(w - s), positive_part(s - w)))
+    scales = [1.0, 1.0, 1.0]
+    if variant == "released":
+        for j in range(3):
+            total = sum(term[j] for term in terms)
+            scales[j] = 1 / total if total else 0.0
+    weights = [d * x * scales[0] + c * y * scales[1] + r * z * scales[2] for x, y, z in terms]
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("variant", ["released", "v1", "v2"])
+def test_weights_equal_the_published_formula(variant):
+    rng = np.random.default_rng(0)
+    weak, strong = rng.gamma(2, size=50), rng.gamma(2, size=50)
+    weights = sampling_weights(
+        weak, strong, difficulty_weight=0.2, consolidation_weight=0.7, repair_weight=0.1, variant=variant
+    )
+    assert weights.dtype == np.float64
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    np.testing.assert_allclose(weights, brute_force_weights(weak, strong, variant, 0.2, 0.7, 0.1), rtol=0, atol=1e-12)
+
+
+def test_weights_by_hand():
+    # Hw = (1, 3), dH = (+1, -2): difficulty (1/4, 3/4), consolidation (0, 1), repair (1, 0)
+    weights = sampling_weights([1, 3], [2, 1])
+    np.testing.assert_allclose(weights, [0.1 / 4 + 0.1, 0.1 * 3 / 4 + 0.8], atol=1e-12)
+
+
+def test_a_term_that_is_zero_everywhere_contributes_nothing():
+    # No example got less sure, so the repair term is 0 / 0 in the released formula
+    np.testing.assert_allclose(sampling_weights([2, 2], [1, 1]), [0.5, 0.5], atol=1e-12)
+
+
+def test_all_zero_weights_fall_back_to_uniform():
+    with pytest.warns(UserWarning, match="uniformly"):
+        assert sampling_weights(np.zeros(4), np.zeros(4)).tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
+def test_bad_entropies_are_named_by_index(bad):
+    with pytest.raises(ValueError, match=r"strong_entropy.*examples 2 "):
+        sampling_weights([1, 1, 1], [1, 1, bad])
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="variant"):
+        sampling_weights([1], [1], variant="v3")
+    with pytest.raises(ValueError, match="same length"):
+        sampling_weights([1, 2], [1])
+    with pytest.raises(ValueError, match="num_draws=4"):
+        draw_active_set([1, 1, 1], 4, seed=0)
+    with pytest.raises(ValueError, match="examples 1 "):
+        draw_active_set([1, np.nan, 1], 2, seed=0)
+    with pytest.raises(ValueError, match="all 0"):
+        draw_active_set([0, 0], 1, seed=0)
+
+
+def inclusion_by_enumeration(weights, num_draws):
+    """Exact inclusion probabilities of drawing with replacement and dropping repeats until `num_draws` are found."""
+    inclusion = np.zeros(len(weights))
+    for path in itertools.permutations(range(len(weights)), num_draws):
+        probability, left = 1.0, sum(weights)
+        for index in path:
+            probability *= weights[index] / left
+            left -= weights[index]
+        inclusion[list(path)] += probability
+    return inclusion
+
+
+def test_draw_without_replacement_has_the_published_distribution():
+    weights = np.array([0.5, 0.2, 0.15, 0.1, 0.05])
+    counts = np.zeros(5)
+    num_trials = 20_000
+    for seed in range(num_trials):
+        drawn = draw_active_set(weights, 3, seed=seed)
+        assert len(set(drawn.tolist())) == 3
+        counts[drawn] += 1
+    expected = inclusion_by_enumeration(weights, 3)
+    standard_error = np.sqrt(expected * (1 - expected) / num_trials)
+    assert (np.abs(counts / num_trials - expected) < 4 * standard_error).all()
+
+
+def test_draw_with_replacement_keeps_repeats_in_proportion():
+    drawn = draw_active_set([3, 1], 10_000, replacement=True, seed=0)
+    assert np.mean(drawn == 0) == pytest.approx(0.75, abs=0.02)
+
+
+def test_draw_is_a_function_of_the_seed():
+    weights = np.arange(1, 21)
+    # A literal, so that another machine or library version must agree
+    assert draw_active_set(weights, 5, seed=(42, 1)).tolist() == [13, 16, 10, 14, 18]
+    assert draw_active_set(weights, 5, seed=(42, 2)).tolist() != [13, 16, 10, 14, 18]
+
+
+def test_examples_of_weight_zero_come_last():
+    weights = [1, 0, 1, 0]
+    assert sorted(draw_active_set(weights, 2, seed=0).tolist()) == [0, 2]
+    with pytest.warns(UserWarning, match="Only 2 of 4"):
+        drawn = draw_active_set(weights, 3, seed=0)
+    assert {0, 2} < set(drawn.tolist())
+    assert len(set(drawn.tolist())) == 3
+
+
+def test_a_million_draws_take_seconds():
+    start = time.process_time()
+    drawn = draw_active_set(np.random.default_rng(0).random(1_000_000), 630_000, seed=0)
+    assert len(np.unique(drawn)) == 630_000
+    assert time.process_time() - start < 10  # a loop in Python would need minutes
+
+
+class Loader:
+    def set_sampler(self, sampler):
+        self.sampler = sampler
+
+
+class State:
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+
+def make_sampler(**kwargs):
+    rng = np.random.default_rng(0)
+    rounds = []
+
+    def score():
+        rounds.append(len(rounds))
+        return rng.random(10), rng.random(10)
+
+    sampler = CurriculumSampler(10, score, **{"active_fraction": 0.5, "first_epoch": 1, "seed": 3, **kwargs})
+    return sampler, rounds
+
+
+def test_sampler_is_both_a_sampler_and_a_callback():
+    sampler, _ = make_sampler()
+    assert isinstance(sampler, Sampler)
+    assert isinstance(sampler, TrainerCallback)
+
+
+def test_sampler_leaves_phase_1_alone_and_redraws_each_later_epoch():
+    sampler, rounds = make_sampler()
+    loader = Loader()
+    sampler.on_train_begin(None, State(0), None)
+    sampler.on_epoch_begin(None, State(0), None, train_dataloader=loader)
+    assert not hasattr(loader, "sampler")
+    epochs = []
+    for _ in range(2):
+        sampler.on_epoch_begin(None, None, None, train_dataloader=loader)
+        epochs.append(list(loader.sampler))
+        assert len(loader.sampler) == len(epochs[-1]) == len(set(epochs[-1])) == 5
+    assert epochs[0] != epochs[1]
+    assert rounds == [0, 1]
+
+
+def test_sequential_order_is_data_set_order():
+    sampler, _ = make_sampler(shuffle=False)
+    sampler.redraw(1)
+    assert list(sampler) == sorted(sampler)
+
+
+def test_saved_draw_is_taken_up_without_scoring(tmp_path):
+    sampler, _ = make_sampler()
+    sampler.redraw(1)
+    sampler.save(tmp_path)
+    resumed, rounds = make_sampler()
+    resumed.load(tmp_path)
+    resumed.on_train_begin(None, State(1.4), None)
+    resumed.on_epoch_begin(None, None, None, train_dataloader=Loader())
+    assert rounds == []
+    assert list(resumed) == list(sampler)
+    np.testing.assert_array_equal(resumed.weak_entropy, sampler.weak_entropy)
+    assert [path.name for path in tmp_path.iterdir()] == ["curriculum.npz"]
+
+
+def test_draw_of_other_settings_is_refused(tmp_path):
+    sampler, _ = make_sampler()
+    sampler.redraw(1)
+    sampler.save(tmp_path)
+    other, _ = make_sampler(repair_weight=0.3, identity={"weak_model": "b"})
+    with pytest.raises(
+        ValueError, match=r"`repair_weight`: 0.1 in the checkpoint, 0.3 now; `weak_model`: None .* 'b'"
+    ):
+        other.load(tmp_path)

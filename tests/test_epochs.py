@@ -1,0 +1,25 @@
+import math
+
+import pytest
+
+from wmss_trl.epochs import EpochPlan
+
+
+@pytest.mark.parametrize("accumulation", [1, 3, 100])
+@pytest.mark.parametrize("sft_epochs", [0, 1, 2])
+def test_plan_equals_walking_through_the_run(sft_epochs, accumulation):
+    plan = EpochPlan(sft_epochs, full_batches=10, active_batches=7, accumulation=accumulation)
+    walk = []  # (epoch, step within the epoch) of every optimizer step
+    for epoch in range(5):
+        batches = 10 if epoch < sft_epochs else 7
+        walk += [(epoch, step) for step in range(len(range(0, batches, accumulation)))]
+        assert plan.total_steps(epoch + 1) == len(walk)
+    for step, place in enumerate(walk):
+        assert plan.locate(step) == place
+        assert plan.num_epochs(step + 1) == place[0] + 1
+
+
+def test_a_fraction_of_an_epoch_counts_as_that_share_of_it():
+    plan = EpochPlan(sft_epochs=1, full_batches=10, active_batches=6, accumulation=1)
+    assert plan.total_steps(2.5) == 10 + 6 + 3
+    assert plan.total_steps(0.5) == math.ceil(0.5 * 10)
