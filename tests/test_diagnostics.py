@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from wmss_trl.diagnostics import evaluate_mixture, plot_active_set
+
+
+def test_mixture_statistics_equal_token_by_token_float64(make_model, tokenizer):
+    strong, weak = make_model(seed=1), make_model(seed=2)
+    with torch.no_grad():
+        for parameter in (*strong.parameters(), *weak.parameters()):
+            parameter.mul_(3)
+    dataset = Dataset.from_list(
+        [
+            {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]},
+            {"input_ids": [9, 10], "labels": [9, 10]},
+            {"input_ids": [11, 12, 13], "labels": [-100, -100, 13]},
+        ]
+    )
+    collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    result = evaluate_mixture(strong, weak, dataset, collator, mixing_lambda=0.3, batch_size=2)
+    rows = []
+    for example in dataset:
+        ids = torch.tensor([example["input_ids"]])
+        with torch.no_grad():
+            z_strong, z_weak = (model.eval()(ids).logits[0].double() for model in (strong, weak))
+        for t in range(1, ids.size(1)):
+            if example["labels"][t] != -100:
+                p = z_strong[t - 1].softmax(-1)
+                q = (0.3 * z_strong[t - 1] + 0.7 * z_weak[t - 1]).softmax(-1)
+                y = example["labels"][t]
+                entropy = torch.distributions.Categorical(p).entropy()
+                rows.append([-p[y].log(), entropy, 1 - p[y], -q[y].log(), 1 - q[y]])
+    nll, entropy, wrong, mixed_nll, mixed_wrong = np.mean(rows, axis=0)
+    expected = {
+        "nll": nll,
+        "entropy": entropy,
+        "wrong_mass": wrong,
+        "mixed_nll": mixed_nll,
+        "mixed_wrong_mass": mixed_wrong,
+        "amplification": mixed_wrong / wrong,
+        "mixed_strong_gradient": 0.3 * mixed_wrong,
+    }
+    assert len(rows) == 5
+    assert result == pytest.approx(expected, rel=1e-5)
+
+
+def test_active_set_is_marked():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    _, ax = plt.subplots()
+    plot_active_set(ax, np.array([1.0, 2.0, 3.0]), np.array([0.5, 2.5, 1.0]), np.array([2, 0]))
+    left_out, active = ax.collections
+    assert left_out.get_offsets().tolist() == [[2.0, 2.5]]
+    assert active.get_offsets().tolist() == [[1.0, 0.5], [3.0, 1.0]]
+    plt.close()

@@ -1,0 +1,101 @@
+"""What the mixture does to a model: amplification and burden sharing on held-out data, and plots of a run."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+
+from .losses import mixed_loss, next_token_targets
+from .scoring import evaluating
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def evaluate_mixture(
+    strong: nn.Module,
+    weak: nn.Module,
+    dataset: Dataset,
+    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    mixing_lambda: float,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """
+    Compare a model with its mixture with a weak model under teacher forcing.
+
+    A mixture much better than the strong model alone is the sign of burden sharing: the strong model leans on what
+    the weak one supplies, and is used without it.
+
+    Args:
+        strong (`torch.nn.Module`):
+            Model whose forward returns `.logits`.
+        weak (`torch.nn.Module`):
+            Weak reference with the same vocabulary.
+        dataset (`datasets.Dataset`):
+            Tokenized data set with `input_ids` and, optionally, `labels`.
+        data_collator (`Callable`):
+            Turns a list of examples into a padded batch with `labels`.
+        mixing_lambda (`float`):
+            Weight of the strong logits in the mix.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of examples in a forward pass.
+
+    Returns:
+        `dict[str, float]`: averages over the supervised tokens. `nll`, `entropy` and `wrong_mass` (probability of all
+        wrong tokens, `1 - P(y)`, which is the size of SFT's gradient on them) of the strong model; the same of the
+        mixture with the prefix `mixed_`; `amplification`, the ratio of the two masses; `mixed_strong_gradient`, `lambda
+        * (1 - P_mix(y))`, the part of the mixture's gradient that reaches the strong model. Entropy and NLL in nats.
+    """
+    device = next(strong.parameters()).device
+    sums = np.zeros(5)
+    num_items = 0
+    with evaluating(strong), evaluating(weak):
+        for start in range(0, len(dataset), batch_size):
+            examples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            batch = {key: value.to(device) for key, value in data_collator(examples).items()}
+            targets = next_token_targets(batch.pop("labels"))
+            z_strong, z_weak = (model(**batch, use_cache=False).logits.flatten(0, 1) for model in (strong, weak))
+            output = mixed_loss(z_strong, z_weak, targets, mixing_lambda)
+            num_items += int(output.mask.sum())
+            sums += [
+                -output.strong_log_probs.sum().item(),
+                output.strong_entropy.sum().item(),
+                -torch.expm1(output.strong_log_probs).sum().item(),
+                -output.mixed_log_probs.sum().item(),
+                -torch.expm1(output.mixed_log_probs).sum().item(),
+            ]
+    nll, entropy, wrong_mass, mixed_nll, mixed_wrong_mass = (sums / max(num_items, 1)).tolist()
+    return {
+        "nll": nll,
+        "entropy": entropy,
+        "wrong_mass": wrong_mass,
+        "mixed_nll": mixed_nll,
+        "mixed_wrong_mass": mixed_wrong_mass,
+        "amplification": mixed_wrong_mass / wrong_mass,
+        "mixed_strong_gradient": mixing_lambda * mixed_wrong_mass,
+    }
+
+
+def plot_active_set(ax: "Axes", weak_entropy: np.ndarray, strong_entropy: np.ndarray, indices: np.ndarray) -> None:
+    """
+    Scatter of every example's entropy under both models, with the active set marked.
+
+    Args:
+        ax (`matplotlib.axes.Axes`):
+            Where to draw.
+        weak_entropy, strong_entropy (`np.ndarray` of shape `(n,)`):
+            Scores of a redraw, in nats.
+        indices (`np.ndarray`):
+            The active set.
+    """
+    active = np.zeros(len(weak_entropy), dtype=bool)
+    active[indices] = True
+    for chosen, color, label in ((~active, "0.7", "left out"), (active, "tab:orange", "active set")):
+        ax.scatter(weak_entropy[chosen], strong_entropy[chosen], s=4, color=color, label=f"{label} ({chosen.sum()})")
+    limit = max(weak_entropy.max(), strong_entropy.max())
+    ax.plot([0, limit], [0, limit], color="black", linewidth=0.8, label="no change of entropy")
+    ax.set(xlabel="entropy under the weak model (nats)", ylabel="entropy under the strong model (nats)")
+    ax.legend(markerscale=3)
