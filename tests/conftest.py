@@ -70,7 +70,7 @@ def make_args(tmp_path):
             **{
                 "output_dir": str(tmp_path / "run"),
                 "bf16": False,
-                "gradient_checkpointing": False,
+                "activation_checkpointing": False,
                 "use_cpu": True,
                 "learning_rate": 3e-3,
                 "per_device_train_batch_size": 4,

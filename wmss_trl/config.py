@@ -1,11 +1,32 @@
 import math
 import warnings
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from .curriculum import CURRICULUM_VARIANTS
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def convert_arguments(args: TrainingArguments, cls: type[Arguments], **overrides: Any) -> Arguments:
+    """
+    Arguments of another class with the same values, as far as that class has the options.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of any class.
+        cls (`type`):
+            Class to convert to.
+        overrides:
+            Options that get another value.
+    """
+    options = args.to_dict()  # which hides the value of every `..._token` option
+    options |= {option: getattr(args, option) for option in options if option.endswith("_token")}
+    names = {f.name for f in fields(cls) if f.init}
+    return cls(**{option: value for option, value in options.items() if option in names} | overrides)
 
 
 @dataclass

@@ -45,9 +45,10 @@ def evaluate_mixture(
 
     Returns:
         `dict[str, float]`: averages over the supervised tokens. `nll`, `entropy` and `wrong_mass` (probability of all
-        wrong tokens, `1 - P(y)`, which is the size of SFT's gradient on them) of the strong model; the same of the
-        mixture with the prefix `mixed_`; `amplification`, the ratio of the two masses; `mixed_strong_gradient`, `lambda
-        * (1 - P_mix(y))`, the part of the mixture's gradient that reaches the strong model. Entropy and NLL in nats.
+        wrong tokens, `1 - P(y)`, which is the size of SFT's gradient on them) of the strong model; `mixed_nll` and
+        `mixed_wrong_mass` of the mixture; `amplification`, the ratio of the two masses; `mixed_strong_gradient`,
+        `lambda * (1 - P_mix(y))`, the part of the mixture's gradient that reaches the strong model. Entropy and NLL in
+        nats.
     """
     device = next(strong.parameters()).device
     sums = np.zeros(5)

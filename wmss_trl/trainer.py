@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
-from .config import WMSSConfig
+from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .epochs import EpochPlan
 from .losses import MixedLossOutput, mixed_loss, next_token_targets
@@ -171,8 +171,7 @@ class WMSSTrainer(SFTTrainer):
             return WMSSConfig(f"{name.split('/')[-1]}-WMSS")
         if isinstance(args, WMSSConfig):
             return args
-        options = args.to_dict()  # which hides the value of every `..._token` option
-        return WMSSConfig(**{key: getattr(args, key) if key.endswith("_token") else options[key] for key in options})
+        return convert_arguments(args, WMSSConfig)
 
     def _check_supported(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

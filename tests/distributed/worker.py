@@ -26,7 +26,7 @@ def main() -> None:
         build_model(tokenizer, hidden_size=32, intermediate_size=64, num_layers=2),
         WMSSConfig(
             bf16=False,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             use_cpu=True,
             num_train_epochs=3,
             logging_steps=1,
