@@ -75,14 +75,15 @@ class ScriptArguments:
     pretrain_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of that pre-training."})
     vocab_size: int = field(default=512, metadata={"help": "Vocabulary of the small model."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the small model."})
-    num_layers: int = field(default=3, metadata={"help": "Layers of the small model."})
+    num_layers: int = field(default=2, metadata={"help": "Layers of the small model."})
+    max_number: int = field(default=10, metadata={"help": "Largest number in the generated problems."})
 
 
 def load_data(script: ScriptArguments, seed: int) -> tuple[Dataset, Dataset | None]:
     """Training problems and, if there are any, held-out problems."""
     source = script.dataset_path or script.dataset_name
     if source is None:
-        generated = arithmetic_dataset(script.num_train, script.num_test, seed=seed)
+        generated = arithmetic_dataset(script.num_train, script.num_test, seed, max_number=script.max_number)
         return to_prompt_completion(generated["train"]), to_prompt_completion(generated["test"])
     train, test = load_math_dataset(source, script.dataset_train_split, config_name=script.dataset_config), None
     if script.test_path is not None:
@@ -142,7 +143,9 @@ def pretrain_small_model(
     """Folder of M0: a new model after a short training, on other generated problems or on the given data."""
     if script.dataset_path is None and script.dataset_name is None:
         known = [*train["question"], *test["question"]]
-        problems = generate_problems(script.num_pretrain, seed=args.seed + 1_000_000, exclude=known)
+        problems = generate_problems(
+            script.num_pretrain, args.seed + 1_000_000, max_number=script.max_number, exclude=known
+        )
         dataset = to_prompt_completion(problems)
     else:
         dataset = train
@@ -156,6 +159,7 @@ def pretrain_small_model(
         output_dir=f"{args.output_dir}/pretraining",
         num_train_epochs=script.pretrain_epochs,
         learning_rate=script.pretrain_learning_rate,
+        lr_scheduler_type="constant_with_warmup",
         save_strategy="no",
     )
     PartialState().print("Pre-training M0", flush=True)

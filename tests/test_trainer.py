@@ -106,8 +106,9 @@ def test_a_loaded_weak_model_does_not_disturb_phase_1(make_trainer, make_model, 
     assert losses(trainer) == losses(sft_run(num_train_epochs=1))
 
 
-def test_lambda_1_without_curriculum_is_sft_and_has_no_weak_model(make_trainer, sft_run):
-    trainer = make_trainer(mixing_lambda=1.0, curriculum=False, sft_epochs=1)
+def test_lambda_1_without_curriculum_is_sft_and_has_no_weak_model(make_trainer, make_model, sft_run):
+    with pytest.warns(UserWarning, match="`weak_model` is not used"):
+        trainer = make_trainer(weak_model=make_model(seed=1), mixing_lambda=1.0, curriculum=False, sft_epochs=1)
     assert trainer.weak_reference is None
     trainer.train()
     sft = sft_run()
@@ -501,6 +502,89 @@ def test_adapter_that_was_there_before_is_part_of_the_weak_model(make_trainer, m
         torch.testing.assert_close(weak(inputs).logits, expected)
         assert not torch.allclose(trainer.model.eval()(inputs).logits, expected)
     assert_same_weights(trainer.weak_reference.model, start)
+
+
+def test_saved_adapter_holds_no_weak_model(make_trainer, make_model, tmp_path):
+    from peft import LoraConfig, PeftModel
+
+    trainer = make_trainer(peft_config=LoraConfig(r=4), num_train_epochs=2)
+    trainer.train()
+    trainer.save_model()
+    names = set(load_file(tmp_path / "run" / "adapter_model.safetensors"))
+    assert names
+    assert all("lora_" in name for name in names)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "run").eval()
+    inputs = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs).logits, trainer.model.eval()(inputs).logits)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_activation_checkpointing_changes_nothing(make_trainer, lora):
+    from peft import LoraConfig
+
+    runs = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            peft_config=LoraConfig(r=4, lora_dropout=0.1) if lora else None,
+            activation_checkpointing=checkpointing,
+            num_train_epochs=2,
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
+
+
+def test_bf16_autocast_covers_both_models(make_trainer, make_model):
+    runs = []
+    for bf16 in (False, True):
+        trainer = make_trainer(make_model(dropout=0.0), bf16=bf16, num_train_epochs=2, active_fraction=1.0)
+        trainer.train()
+        runs.append(losses(trainer))
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-2)
+    assert runs[1] != runs[0]
+    dtypes = set()
+    layer = trainer.weak_reference.model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    trainer._score()  # its weak scores are there already, so only the strong model runs
+    assert not dtypes
+    trainer.curriculum_sampler.weak_entropy = None
+    trainer._score()
+    assert dtypes == {torch.bfloat16}
+
+
+def test_mixture_of_experts_keeps_its_auxiliary_loss(make_args, tokenizer, dataset):
+    """A weak model of equal weights leaves the strong logits as they are, so the loss is SFT's, auxiliary part too."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            moe_intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+            router_aux_loss_coef=0.5,
+        )
+    )
+    options = {"max_steps": 1, "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}
+    entries = []
+    for cls, extra in ((SFTTrainer, {"cls": SFTConfig}), (WMSSTrainer, {"sft_epochs": 0, "curriculum": False})):
+        trainer = cls(
+            copy.deepcopy(model), make_args(**options, **extra), train_dataset=dataset, processing_class=tokenizer
+        )
+        trainer.train()
+        entries.append(trainer.state.log_history[0])
+    assert entries[0]["aux_loss"] > 0.1
+    for key in ("loss", "aux_loss", "entropy"):
+        assert entries[1][key] == pytest.approx(entries[0][key], rel=1e-5), key
 
 
 def test_sequences_without_padding(make_trainer, make_model):

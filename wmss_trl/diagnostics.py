@@ -95,7 +95,14 @@ def plot_active_set(ax: "Axes", weak_entropy: np.ndarray, strong_entropy: np.nda
     active = np.zeros(len(weak_entropy), dtype=bool)
     active[indices] = True
     for chosen, color, label in ((~active, "0.7", "left out"), (active, "tab:orange", "active set")):
-        ax.scatter(weak_entropy[chosen], strong_entropy[chosen], s=4, color=color, label=f"{label} ({chosen.sum()})")
+        ax.scatter(
+            weak_entropy[chosen],
+            strong_entropy[chosen],
+            s=4,
+            alpha=0.6,
+            color=color,
+            label=f"{label} ({chosen.sum()})",
+        )
     limit = max(weak_entropy.max(), strong_entropy.max())
     ax.plot([0, limit], [0, limit], color="black", linewidth=0.8, label="no change of entropy")
     ax.set(xlabel="entropy under the weak model (nats)", ylabel="entropy under the strong model (nats)")

@@ -1,3 +1,4 @@
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -157,6 +158,10 @@ class WMSSTrainer(SFTTrainer):
         self.weak_reference: WeakReference | None = None
         self.curriculum_sampler: CurriculumSampler | None = None
         if not args.uses_weak_model:
+            if weak_model is not None:
+                warnings.warn(
+                    "`weak_model` is not used: `mixing_lambda=1.0` with `curriculum=False` is plain SFT.", stacklevel=2
+                )
             return
         self._check_supported()
         self.weak_reference = self._make_weak_reference(weak_model, peft_config)

@@ -3,6 +3,7 @@ from fractions import Fraction
 
 import pytest
 
+from wmss_trl.data import arithmetic
 from wmss_trl.data.arithmetic import arithmetic_dataset, generate_problems
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
@@ -74,3 +75,14 @@ def test_splits_are_disjoint_and_the_test_split_is_stable() -> None:
 def test_max_number_is_checked() -> None:
     with pytest.raises(ValueError, match="max_number"):
         generate_problems(1, max_number=1)
+
+
+def test_running_out_of_problems_is_an_error(monkeypatch):
+    def template(draft):
+        draft.story.append(f"{draft.rng.choice(['Ada', 'Ben'])} adds 2 and 3.")
+        draft.step("{}", 2, "+", 3)
+
+    monkeypatch.setattr(arithmetic, "_TEMPLATES", (template,))
+    assert len(generate_problems(2)) == 2
+    with pytest.raises(ValueError, match=r"only 2 of `num_problems=3` different problems with `max_number=20`"):
+        generate_problems(3)

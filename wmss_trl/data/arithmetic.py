@@ -12,6 +12,8 @@ _THINGS = ("apples", "books", "cards", "coins", "marbles", "pencils", "shells", 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 _MAX_FACTOR = 5
 _MAX_RESULT = 999
+# In a row, before the generator is taken to have run dry
+_MAX_REJECTED = 10_000
 
 
 class _Draft:
@@ -174,18 +176,29 @@ def generate_problems(
 
     Returns:
         `Dataset` with the string columns `question`, `solution` (its steps, then `#### answer`) and `answer`.
+
+    Raises:
+        ValueError: If `max_number` is out of range or too small for so many different problems.
     """
     if not 2 <= max_number <= 100:
         raise ValueError(f"`max_number` must be between 2 and 100, got {max_number}")
     rng = Random(seed)
     seen = set(exclude)
     problems: list[dict[str, str]] = []
+    rejected = 0
     while len(problems) < num_problems:
         draft = _Draft(rng, max_number)
         rng.choice(_TEMPLATES)(draft)
         question = " ".join(draft.story)
         if question in seen or draft.largest > _MAX_RESULT:
+            rejected += 1
+            if rejected == _MAX_REJECTED:
+                raise ValueError(
+                    f"Found only {len(problems)} of `num_problems={num_problems}` different problems with "
+                    f"`max_number={max_number}`. Ask for fewer, or raise `max_number`."
+                )
             continue
+        rejected = 0
         seen.add(question)
         answer = str(draft.result)
         problems.append(

@@ -60,8 +60,8 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast,
     *,
     hidden_size: int = 128,
-    intermediate_size: int = 384,
-    num_layers: int = 3,
+    intermediate_size: int = 256,
+    num_layers: int = 2,
     num_heads: int = 4,
     num_key_value_heads: int = 2,
     max_length: int = 1024,
@@ -75,9 +75,9 @@ def build_model(
             Tokenizer that gives the vocabulary size and the padding and end-of-sequence ids.
         hidden_size (`int`, *optional*, defaults to `128`):
             Width of the hidden states, a multiple of `num_heads`.
-        intermediate_size (`int`, *optional*, defaults to `384`):
+        intermediate_size (`int`, *optional*, defaults to `256`):
             Width of the MLPs.
-        num_layers (`int`, *optional*, defaults to `3`):
+        num_layers (`int`, *optional*, defaults to `2`):
             Number of decoder layers.
         num_heads (`int`, *optional*, defaults to `4`):
             Number of attention heads.
