@@ -6,7 +6,7 @@ its rivals from the same M1, a table and a plot (add `--seeds 5` for paired diff
 on your own data when no model is named:
 
     python examples/train_math.py
-    python examples/train_math.py --dataset_path problems.jsonl --num_test 300 --config recipes/tiny/arithmetic.yaml
+    python examples/train_math.py --dataset_path problems.jsonl --num_test 300
 
 Full fine-tuning:
 
@@ -67,7 +67,7 @@ class ScriptArguments:
     test_path: str | None = field(default=None, metadata={"help": "Local file or folder with held-out problems."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split with held-out problems."})
     num_test: int = field(default=0, metadata={"help": "Problems to hold out of the training data, or to generate."})
-    num_train: int | None = field(default=None, metadata={"help": "Number of training problems (default: all)."})
+    num_train: int | None = field(default=None, metadata={"help": "Largest number of training problems."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer in the evaluation."})
     seeds: int = field(default=1, metadata={"help": "How often to repeat a comparison, with other seeds."})
     num_pretrain: int = field(default=0, metadata={"help": "Problems for the pre-training of the small model."})
@@ -77,6 +77,18 @@ class ScriptArguments:
     hidden_size: int = field(default=128, metadata={"help": "Width of the small model."})
     num_layers: int = field(default=2, metadata={"help": "Layers of the small model."})
     max_number: int = field(default=10, metadata={"help": "Largest number in the generated problems."})
+
+    def __post_init__(self):
+        if self.dataset_name and self.dataset_path:
+            raise ValueError(
+                f"Both `dataset_name={self.dataset_name!r}` and `dataset_path={self.dataset_path!r}` are set. Keep "
+                "one of them."
+            )
+        if not (self.dataset_name or self.dataset_path or (self.num_train and self.num_test and self.num_pretrain)):
+            raise ValueError(
+                "Set `dataset_name` or `dataset_path`, or all of `num_train`, `num_test` and `num_pretrain` to "
+                "generate problems."
+            )
 
 
 def load_data(script: ScriptArguments, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -92,7 +104,7 @@ def load_data(script: ScriptArguments, seed: int) -> tuple[Dataset, Dataset | No
         test = load_math_dataset(source, script.dataset_test_split, config_name=script.dataset_config)
     elif script.num_test:
         train, test = train.train_test_split(script.num_test, seed=seed).values()
-    return train if script.num_train is None else train.select(range(script.num_train)), test
+    return train if script.num_train is None else train.take(min(script.num_train, len(train))), test
 
 
 def solve(
@@ -200,7 +212,7 @@ def compare_small_models(script: ScriptArguments, args: WMSSConfig) -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if not any(argument.startswith(("--dataset_", "--model_name_or_path", "--config")) for argument in arguments):
+    if not any(argument.startswith(("--model_name_or_path", "--config")) for argument in arguments):
         arguments = ["--config", str(EMBEDDED_DEFAULT), *arguments]
     script, args, model_args = TrlParser((ScriptArguments, WMSSConfig, ModelConfig)).parse_args_and_config(arguments)
     if model_args.model_name_or_path is None:
