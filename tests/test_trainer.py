@@ -598,7 +598,28 @@ def test_sequences_without_padding(make_trainer, make_model):
     np.testing.assert_allclose(runs[1], runs[0], rtol=1e-4)
 
 
+def test_data_loader_workers_follow_the_curriculum(make_trainer, make_model):
+    runs = []
+    for options in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+        trainer = make_trainer(
+            make_model(dropout=0.0), **options
+        )  # the loaders draw from the random state differently
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1]
+
+
 # Bad input
+
+
+def test_two_weak_models_are_refused(make_trainer, make_model):
+    with pytest.raises(ValueError, match="Both `weak_model` and `weak_model_name_or_path='somewhere'`"):
+        make_trainer(weak_model=make_model(seed=1), weak_model_name_or_path="somewhere")
+
+
+def test_keyword_arguments_for_a_weak_model_that_is_not_loaded_are_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"`weak_model_init_kwargs=.*dtype.*Set `weak_model_name_or_path`"):
+        make_trainer(weak_model_init_kwargs={"dtype": "bfloat16"})
 
 
 def test_weak_model_must_be_another_object(make_trainer, make_model):

@@ -41,7 +41,8 @@ class WMSSConfig(SFTConfig):
     Args:
         mixing_lambda (`float`, *optional*, defaults to `0.5`):
             Weight of the strong model in the mixed logits `lambda * z_strong + (1 - lambda) * z_weak`, in `(0, 1]`. At
-            `1.0` the loss is SFT's and no training step runs the weak model. The paper reports a plateau of 0.42-0.50.
+            `1.0` the loss is SFT's and no training step runs the weak model, which is then needed only to score the
+            data for the curriculum. The paper reports a plateau of 0.42-0.50.
         anchor_weight (`float`, *optional*, defaults to `0.0`):
             Weight `a` in `[0, 1)` of the strong model's own cross-entropy: the loss is `a * CE(z_strong) + (1 - a) *
             CE(z_mix)`. `0.0` is the published method. An insurance against losing to SFT, not an improvement (see the

@@ -31,15 +31,7 @@ from .curriculum import CurriculumSampler
 from .epochs import EpochPlan
 from .losses import MixedLossOutput, mixed_loss, next_token_targets
 from .scoring import score_entropy, supervised_token_counts
-from .weak import (
-    DisabledAdapter,
-    WeakReference,
-    check_same_vocabulary,
-    frozen_copy,
-    keeps_base_weights,
-    load_tokenizer,
-    load_weak_model,
-)
+from .weak import WeakReference, make_weak_reference
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -164,7 +156,9 @@ class WMSSTrainer(SFTTrainer):
                 )
             return
         self._check_supported()
-        self.weak_reference = self._make_weak_reference(weak_model, peft_config)
+        self.weak_reference = make_weak_reference(
+            weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
+        )
         if args.curriculum:
             self.curriculum_sampler = self._make_curriculum_sampler()
             self.add_callback(self.curriculum_sampler)
@@ -185,9 +179,10 @@ class WMSSTrainer(SFTTrainer):
                 "parallelism (DDP): `accelerate launch --multi_gpu`."
             )
         parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
-                "Context and sequence parallelism are not supported by WMSSTrainer: set `cp_size` and `sp_size` to 1."
+                "Tensor, context and sequence parallelism are not supported in this version of WMSSTrainer: set "
+                "`tp_size`, `cp_size` and `sp_size` to 1."
             )
         if self._is_vision_dataset:
             raise ValueError("WMSSTrainer supports text data sets only, but `train_dataset` has images.")
@@ -196,31 +191,6 @@ class WMSSTrainer(SFTTrainer):
                 f"`peft_config` of type {self.model.active_peft_config.peft_type.value} adds virtual tokens, which "
                 "the weak model does not have. Use a method that keeps the sequence, such as LoRA."
             )
-
-    def _make_weak_reference(
-        self, weak_model: str | PreTrainedModel | None, peft_config: "PeftConfig | None"
-    ) -> WeakReference:
-        strong = self.model
-        weak_model = self.args.weak_model_name_or_path if weak_model is None else weak_model
-        if weak_model is None:
-            if peft_config is not None and keeps_base_weights(peft_config):
-                return DisabledAdapter(strong)
-            weak_model = frozen_copy(strong)
-        else:
-            weak_tokenizer = None
-            if isinstance(weak_model, str):
-                init_kwargs = {"trust_remote_code": self.args.trust_remote_code}
-                init_kwargs |= self.args.weak_model_init_kwargs or {}
-                hub_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
-                weak_tokenizer = load_tokenizer(weak_model, **hub_kwargs)
-                weak_model = load_weak_model(weak_model, strong, **init_kwargs)
-            elif {id(p) for p in weak_model.parameters()} & {id(p) for p in strong.parameters()}:
-                raise ValueError(
-                    "`weak_model` shares parameters with `model`, so it would change while that is trained. Omit "
-                    "`weak_model`, or load it separately."
-                )
-            check_same_vocabulary(strong, weak_model, self.processing_class, weak_tokenizer)
-        return WeakReference(self.accelerator.prepare_model(weak_model, evaluation_mode=True))
 
     def _make_curriculum_sampler(self) -> CurriculumSampler:
         args = self.args
@@ -315,7 +285,7 @@ class WMSSTrainer(SFTTrainer):
         # loss of a mixture of experts is a mean over one batch
         loss = mixed.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
@@ -351,7 +321,7 @@ class WMSSTrainer(SFTTrainer):
         means["mixing_lambda"] = mixing_lambda
         for key, value in means.items():
             self._metrics["train"][key].append(value)
-        self._total_train_tokens += int(num_tokens) // self._tp_size
+        self._total_train_tokens += int(num_tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     # The three overrides below let the weak-driven epochs be shorter than those of phase 1; with `active_fraction=1.0`

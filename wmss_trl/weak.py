@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +15,8 @@ from .scoring import evaluating
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+    from .config import WMSSConfig
 
 
 class WeakReference:
@@ -54,6 +57,64 @@ class DisabledAdapter(WeakReference):
     def activated(self) -> Iterator[nn.Module]:
         with evaluating(self.model), self.model.disable_adapter():
             yield self.model
+
+
+def make_weak_reference(
+    weak_model: str | nn.Module | None,
+    strong: "PreTrainedModel | PeftModel",
+    args: "WMSSConfig",
+    processing_class: PreTrainedTokenizerBase | None,
+    accelerator: Accelerator,
+    peft_config: "PeftConfig | None" = None,
+) -> WeakReference:
+    """
+    The weak reference of a run, prepared for its device and precision.
+
+    Args:
+        weak_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Hub id, checkpoint folder or model. `None` stands for `args.weak_model_name_or_path` or else for the strong
+            model as it is now (M0).
+        strong ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model that is going to be trained.
+        args ([`WMSSConfig`]):
+            Arguments of the run.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the strong model.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the run.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Configuration of an adapter that has only now been put on the strong model.
+
+    Raises:
+        ValueError: If the options contradict each other, or the weak model cannot be mixed with the strong one.
+    """
+    name, init_kwargs = args.weak_model_name_or_path, args.weak_model_init_kwargs
+    if weak_model is not None and name is not None:
+        raise ValueError(f"Both `weak_model` and `weak_model_name_or_path={name!r}` are set. Keep one of them.")
+    weak_model = name if weak_model is None else weak_model
+    if init_kwargs and not isinstance(weak_model, str):
+        raise ValueError(
+            f"`weak_model_init_kwargs={init_kwargs}` apply to a weak model that is loaded by name or path. Set "
+            "`weak_model_name_or_path`, or remove them."
+        )
+    if weak_model is None:
+        if peft_config is not None and keeps_base_weights(peft_config):
+            return DisabledAdapter(strong)
+        weak_model = frozen_copy(strong)
+    else:
+        weak_tokenizer = None
+        if isinstance(weak_model, str):
+            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
+            hub_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
+            weak_tokenizer = load_tokenizer(weak_model, **hub_kwargs)
+            weak_model = load_weak_model(weak_model, strong, **init_kwargs)
+        elif {id(p) for p in weak_model.parameters()} & {id(p) for p in strong.parameters()}:
+            raise ValueError(
+                "`weak_model` shares parameters with `model`, so it would change while that is trained. Omit "
+                "`weak_model`, or load it separately."
+            )
+        check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
+    return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True))
 
 
 def keeps_base_weights(peft_config: "PeftConfig") -> bool:
