@@ -6,7 +6,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmss_trl import losses
-from wmss_trl.losses import mixed_cross_entropy, mixed_loss, next_token_targets, token_entropy
+from wmss_trl.losses import (
+    linear_mixed_cross_entropy,
+    mixed_cross_entropy,
+    mixed_loss,
+    next_token_targets,
+    token_entropy,
+)
 
 
 def full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight=0.0):
@@ -165,6 +171,198 @@ def test_theorem_1_easier_weak_margins_lower_the_target_probability(seed, mixing
     weak.scatter_(-1, targets[:, None], strong.gather(-1, targets[:, None]))
     output = mixed_loss(strong, weak, targets, mixing_lambda)
     assert (output.mixed_log_probs <= output.strong_log_probs + 1e-12).all()
+
+
+# The fused form
+
+
+HEAD = {"strong_scale": 0.7, "weak_scale": 1.3, "strong_softcap": 5.0, "weak_softcap": 8.0}
+
+
+def random_heads(num_tokens=13, vocab_size=37, dtype=torch.float32, bias=True, seed=0, scale=1.0):
+    """Hidden states and heads of a strong model of width 8 and a weak one of width 5."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+
+    tensors = {}
+    for name, width in (("strong", 8), ("weak", 5)):
+        tensors[f"{name}_hidden"] = draw(num_tokens, width)
+        tensors[f"{name}_weight"] = draw(vocab_size, width)
+        if bias:
+            tensors[f"{name}_bias"] = draw(vocab_size)
+    targets = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    targets[::4] = -100
+    return tensors, targets
+
+
+def logits_of(tensors, name, scale=1.0, softcap=None, dtype=torch.float64):
+    logits = tensors[f"{name}_hidden"].to(dtype) @ tensors[f"{name}_weight"].to(dtype).t()
+    if f"{name}_bias" in tensors:
+        logits = logits + tensors[f"{name}_bias"].to(dtype)
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def full_logit_head_loss(tensors, targets, mixing_lambda, anchor_weight=0.0, dtype=torch.float64, **head):
+    strong, weak = (
+        logits_of(tensors, name, head.get(f"{name}_scale", 1.0), head.get(f"{name}_softcap"), dtype)
+        for name in ("strong", "weak")
+    )
+    return full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight)
+
+
+@pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "scale and softcap"])
+@pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "loss_tolerance", "grad_tolerance"), [(torch.float64, 1e-10, 1e-9), (torch.float32, 2e-6, 1e-5)]
+)
+def test_fused_loss_equals_full_logits_in_float64(dtype, loss_tolerance, grad_tolerance, anchor_weight, head):
+    tensors, targets = random_heads(dtype=dtype)
+    row = 3 * 37 * dtype.itemsize
+    output = linear_mixed_cross_entropy(
+        **tensors, targets=targets, mixing_lambda=0.4, anchor_weight=anchor_weight, buffer_bytes=4 * row, **head
+    )
+    expected = full_logit_head_loss(tensors, targets, 0.4, anchor_weight, **head)
+    torch.testing.assert_close(output.loss.double(), expected, rtol=loss_tolerance, atol=0)
+    grads = torch.autograd.grad(output.loss, list(tensors.values()))
+    expected_grads = torch.autograd.grad(expected, list(tensors.values()))
+    for name, grad, expected_grad in zip(tensors, grads, expected_grads, strict=True):
+        error = (grad - expected_grad).double().norm() / expected_grad.double().norm()
+        assert error < grad_tolerance, name
+
+
+def test_fused_gradcheck():
+    tensors, targets = random_heads(num_tokens=5, vocab_size=7, dtype=torch.float64)
+
+    def loss(*values):
+        return linear_mixed_cross_entropy(
+            **dict(zip(tensors, values, strict=True)),
+            targets=targets,
+            mixing_lambda=0.4,
+            anchor_weight=0.3,
+            buffer_bytes=2 * 3 * 7 * 8,
+            **HEAD,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, tuple(tensors.values()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    num_tokens=st.integers(1, 20),
+    vocab_size=st.integers(2, 30),
+    tile_rows=st.integers(1, 7),
+    mixing_lambda=st.floats(0.05, 1),
+    data=st.data(),
+)
+def test_fused_loss_for_any_shape_tile_and_label_pattern(num_tokens, vocab_size, tile_rows, mixing_lambda, data):
+    tensors, _ = random_heads(num_tokens, vocab_size, torch.float64, bias=False)
+    label = st.one_of(st.just(-100), st.integers(0, vocab_size - 1))
+    targets = torch.tensor(data.draw(st.lists(label, min_size=num_tokens, max_size=num_tokens)))
+    output = linear_mixed_cross_entropy(
+        **tensors, targets=targets, mixing_lambda=mixing_lambda, buffer_bytes=3 * vocab_size * 8 * tile_rows
+    )
+    grads = torch.autograd.grad(output.loss, list(tensors.values()))
+    if (targets == -100).all():
+        assert output.loss == 0
+        assert not any(grad.any() for grad in grads)
+    else:
+        expected = full_logit_head_loss(tensors, targets, mixing_lambda)
+        torch.testing.assert_close(output.loss, expected, rtol=1e-10, atol=1e-12)
+        for grad, other in zip(grads, torch.autograd.grad(expected, list(tensors.values())), strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-8, atol=1e-12)
+
+
+def test_fused_statistics_equal_those_of_the_full_logits():
+    tensors, targets = random_heads()
+    fused = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.3, buffer_bytes=3 * 37 * 4 * 4)
+    full = mixed_loss(*(logits_of(tensors, name, dtype=torch.float32) for name in ("strong", "weak")), targets, 0.3)
+    for name in ("strong_log_probs", "mixed_log_probs", "strong_entropy", "weak_entropy", "mixed_entropy"):
+        torch.testing.assert_close(getattr(fused, name), getattr(full, name), rtol=1e-5, atol=1e-5, msg=name)
+    assert torch.equal(fused.is_top1, full.is_top1)
+    assert torch.equal(fused.mask, full.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_half_precision_is_as_exact_as_full_logits_in_that_precision(dtype):
+    tensors, targets = random_heads(num_tokens=64, vocab_size=200, dtype=dtype, bias=False)
+    exact = full_logit_head_loss(tensors, targets, 0.5)
+    exact_grads = torch.autograd.grad(exact, list(tensors.values()))
+    halves = full_logit_head_loss(tensors, targets, 0.5, dtype=dtype)
+    half_grads = torch.autograd.grad(halves, list(tensors.values()))
+    output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, buffer_bytes=3 * 200 * 4 * 9)
+    grads = torch.autograd.grad(output.loss, list(tensors.values()))
+    assert output.loss.dtype == torch.float32
+    assert abs(output.loss - exact) <= 2 * abs(halves - exact) + 1e-4
+    for name, grad, half, exact_grad in zip(tensors, grads, half_grads, exact_grads, strict=True):
+        assert grad.dtype == dtype
+        ours, theirs = ((g.double() - exact_grad.double()).norm() for g in (grad, half))
+        assert ours <= 1.5 * theirs + 1e-3 * exact_grad.double().norm(), name
+
+
+def test_fused_loss_multiplies_in_the_autocast_dtype():
+    tensors, targets = random_heads(num_tokens=64, vocab_size=200, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5)
+    halves = {name: value.detach().bfloat16() for name, value in tensors.items()}
+    expected = linear_mixed_cross_entropy(**halves, targets=targets, mixing_lambda=0.5)
+    assert torch.equal(output.loss, expected.loss)
+    assert output.loss != linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5).loss
+    grads = torch.autograd.grad(output.loss, list(tensors.values()))
+    assert {grad.dtype for grad in grads} == {torch.float32}
+
+
+def test_fused_extreme_logits_stay_finite():
+    tensors, targets = random_heads(scale=50.0)
+    output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, anchor_weight=0.5)
+    assert logits_of(tensors, "strong").abs().max() > 1e4
+    values = [output.loss, output.strong_entropy, output.weak_entropy, output.mixed_entropy, output.strong_log_probs]
+    grads = torch.autograd.grad(output.loss, list(tensors.values()))
+    assert all(torch.isfinite(value).all() for value in (*values, *grads))
+
+
+def test_fused_backward_can_run_again_on_a_retained_graph():
+    tensors, targets = random_heads()
+    loss = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5).loss
+    first = [g.clone() for g in torch.autograd.grad(3 * loss, list(tensors.values()), retain_graph=True)]
+    second = torch.autograd.grad(loss, list(tensors.values()))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, 3 * b)
+
+
+@pytest.mark.parametrize("wanted", [(), ("strong_hidden",), ("strong_hidden", "strong_weight"), ("weak_weight",)])
+def test_fused_loss_multiplies_with_the_vocabulary_no_more_than_needed(wanted):
+    """Two products for the logits, and one for each hidden state or weight that needs a gradient."""
+    tensors, targets = random_heads(bias=False)
+    for name, value in tensors.items():
+        value.requires_grad_(name in wanted)
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "matmul")
+            return func(*args, **(kwargs or {}))
+
+    with Products() as products:
+        output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, anchor_weight=0.5)
+        if wanted:
+            torch.autograd.grad(output.loss, [tensors[name] for name in wanted])
+    assert products.count == 2 + len(wanted)
+    assert output.loss.requires_grad == bool(wanted)
+
+
+def test_fused_loss_holds_no_more_logits_than_its_buffer():
+    num_tokens, vocab_size = 200, 500
+    tensors, targets = random_heads(num_tokens, vocab_size, bias=False)
+    buffer_bytes = 3 * vocab_size * 4 * 16
+    with LargeAllocations(vocab_size * 16 + 1) as allocations:
+        output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, buffer_bytes=buffer_bytes)
+        torch.autograd.grad(output.loss, list(tensors.values()))
+    assert len(allocations.storages) == 1  # the buffer of the three tiles
+    assert torch.float64 not in allocations.dtypes
 
 
 def test_next_token_targets_align_logits_with_the_following_label():

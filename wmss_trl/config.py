@@ -79,6 +79,9 @@ class WMSSConfig(SFTConfig):
             draws `n` examples: set `active_fraction=1.0`).
         scoring_batch_size (`int`, *optional*):
             Number of examples per device in a forward pass of the scoring. Defaults to `per_device_eval_batch_size`.
+        logits_buffer_mb (`int`, *optional*, defaults to `256`):
+            Memory in MiB for the tiles of logits from which the mixed loss is computed. The full logits of a batch are
+            never held.
         weak_model_name_or_path (`str`, *optional*):
             Hub id or checkpoint folder of the weak model. Used when the trainer gets no `weak_model`. If neither is
             given, the weak model is the model as it was handed in (the paper's M0).
@@ -147,6 +150,10 @@ class WMSSConfig(SFTConfig):
     scoring_batch_size: int | None = field(
         default=None,
         metadata={"help": "Examples per device in a scoring forward. Defaults to per_device_eval_batch_size."},
+    )
+    logits_buffer_mb: int = field(
+        default=256,
+        metadata={"help": "Memory in MiB for the tiles of logits from which the mixed loss is computed."},
     )
     weak_model_name_or_path: str | None = field(
         default=None,
@@ -218,6 +225,8 @@ class WMSSConfig(SFTConfig):
                 f"`scoring_batch_size` must be >= 1, got {self.scoring_batch_size}. Leave it unset to use "
                 f"`per_device_eval_batch_size` ({self.per_device_eval_batch_size})."
             )
+        if self.logits_buffer_mb < 1:
+            raise ValueError(f"`logits_buffer_mb` must be >= 1, got {self.logits_buffer_mb}. The default is 256.")
         if self.mixing_lambda < 1 and self.loss_type != "nll":
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` cannot be combined with the mixed loss, which is defined on the "

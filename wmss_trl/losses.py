@@ -168,6 +168,231 @@ class _MixedCrossEntropy(torch.autograd.Function):
         return strong_grad, weak_grad, None, None, None, None
 
 
+def linear_mixed_cross_entropy(
+    strong_hidden: Tensor,
+    strong_weight: Tensor,
+    weak_hidden: Tensor,
+    weak_weight: Tensor,
+    targets: Tensor,
+    mixing_lambda: float,
+    strong_bias: Tensor | None = None,
+    weak_bias: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+    ignore_index: int = -100,
+    anchor_weight: float = 0.0,
+    *,
+    strong_scale: float = 1.0,
+    weak_scale: float = 1.0,
+    strong_softcap: float | None = None,
+    weak_softcap: float | None = None,
+    buffer_bytes: int = 256 * 2**20,
+) -> MixedLossOutput:
+    """
+    [`mixed_cross_entropy`] from hidden states and LM heads: the logits exist one tile of tokens at a time.
+
+    The gradients are computed in the forward, while a tile's logits are there, and scaled by the upstream gradient in
+    the backward: with a frozen weak model 4 matrix products with the vocabulary, as many as TRL's fused SFT head
+    spends. Tiles are float32; products run in the autocast dtype or else in that of the hidden states.
+
+    Args:
+        strong_hidden (`torch.Tensor` of shape `(N, H_s)`), weak_hidden (`torch.Tensor` of shape `(N, H_w)`):
+            Last hidden states. Only positions with a target are projected.
+        strong_weight (`torch.Tensor` of shape `(V, H_s)`), weak_weight (`torch.Tensor` of shape `(V, H_w)`):
+            Weights of the LM heads.
+        targets (`torch.Tensor` of shape `(N,)`):
+            Target token ids; positions equal to `ignore_index` do not count.
+        mixing_lambda (`float`):
+            Weight of the strong logits in the mix.
+        strong_bias, weak_bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Biases of the LM heads.
+        num_items, ignore_index, anchor_weight:
+            See [`mixed_cross_entropy`].
+        strong_scale, weak_scale (`float`, *optional*, defaults to `1.0`):
+            What each model multiplies its logits by (Cohere's `logit_scale`, the inverse of Granite's
+            `logits_scaling`).
+        strong_softcap, weak_softcap (`float`, *optional*):
+            Soft cap `c` of each model's logits, `c tanh(z / c)` (Gemma's `final_logit_softcapping`).
+        buffer_bytes (`int`, *optional*, defaults to 256 MiB):
+            Memory for the tiles of logits. At least one token's logits are held.
+
+    Returns:
+        [`MixedLossOutput`]: the loss, a differentiable zero if every target is ignored, and the statistics of each
+        position. Whatever requires a gradient gets one; no work is done for the others.
+    """
+    options = _FusedOptions(
+        mixing_lambda=mixing_lambda,
+        anchor_weight=anchor_weight,
+        ignore_index=ignore_index,
+        scales=(strong_scale, weak_scale),
+        softcaps=(strong_softcap, weak_softcap),
+        buffer_bytes=buffer_bytes,
+        dtype=_matmul_dtype(strong_hidden),
+        grad_enabled=torch.is_grad_enabled(),
+    )
+    mask = targets != ignore_index
+    num_items = mask.sum() if num_items is None else torch.as_tensor(num_items, device=strong_hidden.device)
+    loss, *statistics = _LinearMixedCrossEntropy.apply(
+        strong_hidden,
+        strong_weight,
+        strong_bias,
+        weak_hidden,
+        weak_weight,
+        weak_bias,
+        targets,
+        num_items.clamp(min=1).to(_compute_dtype(strong_hidden)),
+        options,
+    )
+    return MixedLossOutput(loss, *statistics, mask=mask)
+
+
+@dataclass(frozen=True)
+class _FusedOptions:
+    mixing_lambda: float
+    anchor_weight: float
+    ignore_index: int
+    scales: tuple[float, float]
+    softcaps: tuple[float | None, float | None]
+    buffer_bytes: int
+    dtype: torch.dtype
+    grad_enabled: bool
+
+
+class _LinearMixedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, options = inputs
+        needs_grad = ctx.needs_input_grad[:6] if options.grad_enabled else (False,) * 6
+        loss, statistics, grads = _linear_mixed_cross_entropy(*tensors, options, needs_grad)
+        ctx.save_for_backward(*tensors)
+        ctx.options, ctx.grads = options, grads
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, loss_grad, *_):
+        if ctx.grads is None:  # a second backward through a retained graph
+            ctx.grads = _linear_mixed_cross_entropy(*ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:6])[2]
+        # Scaled in place and handed over: a copy of the weight's gradient would be the size of the head
+        grads = [None if grad is None else grad.mul_(loss_grad) for grad in ctx.grads]
+        ctx.grads = None
+        return *grads, None, None, None
+
+
+@torch.no_grad()
+def _linear_mixed_cross_entropy(
+    strong_hidden,
+    strong_weight,
+    strong_bias,
+    weak_hidden,
+    weak_weight,
+    weak_bias,
+    targets,
+    num_items,
+    options,
+    needs_grad,
+):
+    """Loss, statistics and, for whatever needs one, the gradient at an upstream gradient of 1."""
+    o, lam, a = options, options.mixing_lambda, options.anchor_weight
+    device, vocab_size = strong_hidden.device, strong_weight.size(0)
+    compute_dtype = _compute_dtype(strong_hidden)
+    inputs = (strong_hidden, strong_weight, strong_bias, weak_hidden, weak_weight, weak_bias)
+    grads = [
+        # Several tiles add up in a weight's gradient: in float32, or the rounding of each would accumulate
+        torch.zeros_like(x, dtype=_compute_dtype(x) if i % 3 else None) if needed else None
+        for i, (x, needed) in enumerate(zip(inputs, needs_grad, strict=True))
+    ]
+    statistics = tuple(torch.zeros(len(targets), dtype=compute_dtype, device=device) for _ in range(5))
+    strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy = statistics
+    is_top1 = torch.zeros(len(targets), dtype=torch.bool, device=device)
+
+    with torch.autocast(device.type, enabled=False):
+        strong_weight, weak_weight = strong_weight.to(o.dtype), weak_weight.to(o.dtype)
+        # Two tiles of logits and one of probabilities
+        tile_rows = max(1, o.buffer_bytes // (3 * vocab_size * compute_dtype.itemsize))
+        valid_rows = (targets != o.ignore_index).nonzero().squeeze(-1)
+        tile_rows = min(tile_rows, len(valid_rows))
+        buffers = torch.empty(3, tile_rows, vocab_size, dtype=compute_dtype, device=device)
+        for rows in valid_rows.split(tile_rows) if len(valid_rows) else ():
+            y = targets[rows].unsqueeze(-1)
+            h_strong, h_weak = strong_hidden[rows].to(o.dtype), weak_hidden[rows].to(o.dtype)
+            z_strong, z_mix, p = (buffer[: len(rows)] for buffer in buffers)
+            project(z_strong, h_strong, strong_weight, strong_bias, o.scales[0], o.softcaps[0])
+            z_weak = project(z_mix, h_weak, weak_weight, weak_bias, o.scales[1], o.softcaps[1])
+
+            _, weak_entropy[rows] = _log_normaliser_and_entropy(z_weak, p)
+            log_normaliser, strong_entropy[rows] = _log_normaliser_and_entropy(z_strong, p)
+            strong_log_probs[rows] = z_strong.gather(-1, y).squeeze(-1) - log_normaliser
+            is_top1[rows] = z_strong.argmax(-1) == y.squeeze(-1)
+            z_mix.lerp_(z_strong, lam)
+            log_normaliser, mixed_entropy[rows] = _log_normaliser_and_entropy(z_mix, p)
+            mixed_log_probs[rows] = z_mix.gather(-1, y).squeeze(-1) - log_normaliser
+            if not any(needs_grad):
+                continue
+
+            minus_one = -torch.ones_like(y, dtype=compute_dtype)
+            g_mix = p.scatter_add_(-1, y, minus_one).mul_((1 - a) / num_items)
+            if any(needs_grad[3:]):
+                g_weak = (1 - lam) * g_mix
+                if o.softcaps[1] is not None:
+                    z_weak = z_mix.sub(z_strong, alpha=lam).div_(1 - lam) if lam < 1 else z_mix
+                    g_weak *= 1 - (z_weak / o.softcaps[1]) ** 2
+                _accumulate(grads[3:], rows, g_weak.mul_(o.scales[1]), h_weak, weak_weight)
+            if any(needs_grad[:3]):
+                g_strong = g_mix.mul_(lam)
+                if a:
+                    p_strong = torch.softmax(z_strong, -1, out=z_mix).scatter_add_(-1, y, minus_one)
+                    g_strong.add_(p_strong.mul_(a / num_items))
+                if o.softcaps[0] is not None:
+                    g_strong.mul_(z_strong.div_(o.softcaps[0]).square_().neg_().add_(1))
+                _accumulate(grads[:3], rows, g_strong.mul_(o.scales[0]), h_strong, strong_weight)
+
+    loss = -(a * strong_log_probs + (1 - a) * mixed_log_probs).sum() / num_items
+    grads = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
+    return loss, (*statistics, is_top1), grads
+
+
+def project(
+    out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Logits of a tile as the model itself computes them, into `out`."""
+    if out.dtype == hidden.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        out.copy_(hidden @ weight.t())
+    if bias is not None:
+        out += bias
+    if scale != 1:
+        out *= scale
+    if softcap is not None:
+        out.div_(softcap).tanh_().mul_(softcap)
+    return out
+
+
+def _log_normaliser_and_entropy(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """`log sum exp z` and `H = log sum exp z - sum p z` of each row; the probabilities go into `out`."""
+    maximum, index = logits.max(-1)
+    torch.softmax(logits, -1, out=out)
+    # The probability of the maximum is at least 1/V, so its logarithm is exact
+    log_normaliser = maximum - out.gather(-1, index.unsqueeze(-1)).squeeze(-1).log()
+    return log_normaliser, log_normaliser - torch.linalg.vecdot(out, logits)
+
+
+def _accumulate(grads: list[Tensor | None], rows: Tensor, logits_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Add a tile's part to the gradients of hidden states, weight and bias."""
+    hidden_grad, weight_grad, bias_grad = grads
+    if bias_grad is not None:
+        bias_grad += logits_grad.sum(0)
+    logits_grad = logits_grad.to(hidden.dtype)
+    if hidden_grad is not None:
+        hidden_grad[rows] = (logits_grad @ weight).to(hidden_grad.dtype)
+    if weight_grad is not None:
+        if weight_grad.dtype == hidden.dtype:
+            weight_grad.addmm_(logits_grad.t(), hidden)
+        else:
+            weight_grad += logits_grad.t() @ hidden
+
+
 def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """
     Predictive entropy of each masked-in position, `H = -sum_v P(v) log P(v)`.
@@ -212,6 +437,11 @@ def _softmax_minus_onehot(logits: Tensor, targets: Tensor) -> Tensor:
 def _entropy(probs: Tensor) -> Tensor:
     # `entr` is -p log p, and 0 at p = 0
     return torch.special.entr(probs).sum(-1)
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:

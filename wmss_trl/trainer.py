@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
@@ -29,7 +30,8 @@ from trl.trainer.utils import get_config_model_id
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .epochs import EpochPlan
-from .losses import MixedLossOutput, mixed_loss, next_token_targets
+from .lm_head import HeadOutput, LMHead, add_head_access, head_problem, unwrap_adapter
+from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
 from .scoring import score_entropy, supervised_token_counts
 from .weak import WeakReference, make_weak_reference
 
@@ -156,9 +158,21 @@ class WMSSTrainer(SFTTrainer):
                 )
             return
         self._check_supported()
+        add_head_access(unwrap_adapter(self.model))
         self.weak_reference = make_weak_reference(
             weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
         )
+        problems = {
+            name: problem
+            for name, model in (("model", self.model), ("weak model", self.weak_reference.model))
+            if args.mixing_lambda < 1 and (problem := head_problem(unwrap_adapter(model)))
+        }
+        self._full_logits = bool(problems)
+        for name, problem in problems.items():
+            warnings.warn(
+                f"The mixed loss is computed on full logits, which takes more memory: the {name} ({problem}).",
+                stacklevel=2,
+            )
         if args.curriculum:
             self.curriculum_sampler = self._make_curriculum_sampler()
             self.add_callback(self.curriculum_sampler)
@@ -268,19 +282,10 @@ class WMSSTrainer(SFTTrainer):
 
         targets = next_token_targets(inputs["labels"])
         model_inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
-        with self.weak_reference.activated() as weak:
-            weak_logits = weak(**model_inputs).logits
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        outputs = model(**model_inputs)
-        mixed = mixed_loss(
-            outputs.logits.flatten(0, 1),
-            weak_logits.flatten(0, 1),
-            targets,
-            mixing_lambda,
-            num_items=num_items_in_batch,
-            anchor_weight=self.args.anchor_weight,
-        )
+        if self._full_logits or return_outputs:
+            mixed, outputs = self._mixed_loss_on_full_logits(model, model_inputs, targets, num_items_in_batch)
+        else:
+            mixed, outputs = self._mixed_loss(model, model_inputs, targets, num_items_in_batch)
         # As in SFTTrainer: the items are counted over all processes, whose gradients DDP averages, and the auxiliary
         # loss of a mixture of experts is a mean over one batch
         loss = mixed.loss
@@ -292,6 +297,53 @@ class WMSSTrainer(SFTTrainer):
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
         self._record(mixed, mixing_lambda, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _mixed_loss(
+        self, model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> tuple[MixedLossOutput, HeadOutput]:
+        """The fused form, on the hidden states of the positions that have a target."""
+        positions = (targets != -100).nonzero().squeeze(-1)
+        with self.weak_reference.activated() as weak:
+            weak_hidden, weak_head = weak(
+                **inputs, positions=positions, with_lm_head=lambda hidden, head: (hidden, head)
+            ).value
+
+        def fused_loss(hidden: torch.Tensor, head: LMHead) -> MixedLossOutput:
+            return linear_mixed_cross_entropy(
+                hidden,
+                head.weight,
+                weak_hidden,
+                weak_head.weight,
+                targets[positions],
+                self.args.mixing_lambda,
+                head.bias,
+                weak_head.bias,
+                num_items=num_items,
+                anchor_weight=self.args.anchor_weight,
+                strong_scale=head.scale,
+                weak_scale=weak_head.scale,
+                strong_softcap=head.softcap,
+                weak_softcap=weak_head.softcap,
+                buffer_bytes=self.args.logits_buffer_mb * 2**20,
+            )
+
+        if self.aux_loss_enabled:
+            inputs = inputs | {"output_router_logits": True}
+        outputs = model(**inputs, positions=positions, with_lm_head=fused_loss)
+        return outputs.value, outputs
+
+    def _mixed_loss_on_full_logits(
+        self, model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> tuple[MixedLossOutput, ModelOutput]:
+        """For a model whose logits are not those of a linear head."""
+        with self.weak_reference.activated() as weak:
+            weak_logits = weak(**inputs).logits.flatten(0, 1)
+        if self.aux_loss_enabled:
+            inputs = inputs | {"output_router_logits": True}
+        outputs = model(**inputs)
+        logits = outputs.logits.flatten(0, 1)
+        lam, anchor = self.args.mixing_lambda, self.args.anchor_weight
+        return mixed_loss(logits, weak_logits, targets, lam, num_items=num_items, anchor_weight=anchor), outputs
 
     @torch.no_grad()
     def _record(self, mixed: MixedLossOutput, mixing_lambda: float, inputs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .lm_head import add_head_access, unwrap_adapter
 from .scoring import evaluating
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def make_weak_reference(
                 "`weak_model`, or load it separately."
             )
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
+    add_head_access(unwrap_adapter(weak_model))
     return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True))
 
 
@@ -134,16 +136,15 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: If the model is split over several devices.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap_adapter(model)
     if hasattr(base, "_old_forward"):
         raise ValueError(
             "The model is dispatched over several devices with `device_map`, so it cannot be copied as the weak "
             "model. Pass `weak_model` as a path or hub id, or load the model on one device."
         )
     weak = copy.deepcopy(model)
-    weak_base = weak.get_base_model() if hasattr(weak, "get_base_model") else weak
-    # TRL's fused LM head is an instance attribute whose closure runs the original model (checked with TRL 1.16)
-    vars(weak_base).pop("forward", None)
+    # A patched forward (TRL 1.16's fused LM head, ours) is an instance attribute whose closure runs the original model
+    vars(unwrap_adapter(weak)).pop("forward", None)
     return weak
 
 

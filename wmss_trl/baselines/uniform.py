@@ -3,7 +3,12 @@
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+
+class _NoStates(nn.Module):
+    def forward(self, input_ids: torch.Tensor, **kwargs) -> BaseModelOutput:
+        return BaseModelOutput(torch.zeros(*input_ids.shape, 1, device=input_ids.device))
 
 
 class UniformModel(nn.Module):
@@ -21,6 +26,8 @@ class UniformModel(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
+        self.config = config
+        self.base_model = _NoStates()
         # One column of zeros: a head of the right size for next to no memory
         self.lm_head = nn.Linear(1, config.get_text_config().vocab_size, bias=False)
         nn.init.zeros_(self.lm_head.weight)

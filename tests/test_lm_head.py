@@ -1,0 +1,176 @@
+import copy
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from trl import SFTTrainer
+
+from wmss_trl import WMSSTrainer
+from wmss_trl.baselines.uniform import UniformModel
+from wmss_trl.lm_head import add_head_access, head_problem
+from wmss_trl.losses import linear_mixed_cross_entropy, mixed_cross_entropy
+
+SIZES = {
+    "vocab_size": 261,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+# What their heads do: nothing special, tied; soft caps; scales; a bias
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": {"head_dim": 8, "tie_word_embeddings": True},
+    "LlamaForCausalLM": {},
+    "Gemma2ForCausalLM": {"head_dim": 8, "final_logit_softcapping": 0.5},
+    "Gemma3ForCausalLM": {"head_dim": 8, "final_logit_softcapping": 0.3},
+    "GraniteForCausalLM": {"logits_scaling": 8.0},
+    "CohereForCausalLM": {"logit_scale": 0.0625},
+    "PhiForCausalLM": {},
+    "GPTNeoXForCausalLM": {},
+}
+
+
+def build(architecture, seed=0):
+    cls = getattr(transformers, architecture)
+    torch.manual_seed(seed)
+    model = cls(cls.config_class(**SIZES | ARCHITECTURES[architecture])).eval()
+    with torch.no_grad():  # larger than at initialisation, so that caps and scales matter
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            model.get_output_embeddings().bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fused_loss_equals_the_models_own_logits(architecture):
+    strong, weak = build(architecture), build(architecture, seed=1)
+    inputs = {"input_ids": torch.randint(261, (3, 9), generator=torch.Generator().manual_seed(0))}
+    targets = torch.randint(261, (27,), generator=torch.Generator().manual_seed(1))
+    targets[::5] = -100
+    with torch.no_grad():
+        weak_logits = weak(**inputs).logits
+    expected = mixed_cross_entropy(strong(**inputs).logits.flatten(0, 1), weak_logits.flatten(0, 1), targets, 0.4)
+    parameters = list(strong.parameters())
+    expected_grads = torch.autograd.grad(expected, parameters, allow_unused=True)
+
+    for model in (strong, weak):
+        add_head_access(model)
+        assert head_problem(model) is None
+    positions = (targets != -100).nonzero().squeeze(-1)
+    with torch.no_grad():
+        weak_hidden, weak_head = weak(
+            **inputs, positions=positions, with_lm_head=lambda hidden, head: (hidden, head)
+        ).value
+    assert len(weak_hidden) == len(positions)
+
+    def loss(hidden, head):
+        return linear_mixed_cross_entropy(
+            hidden,
+            head.weight,
+            weak_hidden,
+            weak_head.weight,
+            targets[positions],
+            0.4,
+            head.bias,
+            weak_head.bias,
+            strong_scale=head.scale,
+            weak_scale=weak_head.scale,
+            strong_softcap=head.softcap,
+            weak_softcap=weak_head.softcap,
+        ).loss
+
+    fused = strong(**inputs, positions=positions, with_lm_head=loss).value
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
+    for grad, other in zip(torch.autograd.grad(fused, parameters, allow_unused=True), expected_grads, strict=True):
+        if other is not None:
+            torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-5)
+
+
+def test_forward_without_the_argument_is_the_models_own(make_model):
+    model = make_model(dropout=0.0).eval()
+    inputs = torch.tensor([[5, 6, 7]])
+    expected, signature = model(inputs).logits, inspect.signature(model.forward)
+    add_head_access(model)
+    assert torch.equal(model(inputs).logits, expected)
+    assert inspect.signature(model.forward) == signature
+    assert model.generate(inputs, max_new_tokens=3, do_sample=False).shape[1] <= 6
+
+
+class Shifted(transformers.Qwen3ForCausalLM):
+    """A head that no option of the config tells of."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * torch.linspace(0.5, 1.5, outputs.logits.size(-1))
+        return outputs
+
+
+def test_unknown_head_is_found_out_and_trained_on_full_logits(make_model, make_args, tokenizer, dataset):
+    model = make_model(dropout=0.0)
+    model.__class__ = Shifted
+    weak = make_model(seed=1, dropout=0.0)
+    weak.__class__ = Shifted
+    expected = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"full logits.*the model \(its logits are not those of its LM head"):
+        trainer = WMSSTrainer(
+            model,
+            make_args(sft_epochs=0, curriculum=False, max_steps=1, train_sampling_strategy="sequential"),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            weak_model=weak,
+        )
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    labels = batch.pop("labels")[:, 1:].flatten()
+    with torch.no_grad():
+        strong_logits, weak_logits = (m.eval()(**batch).logits[:, :-1].flatten(0, 1) for m in (expected, weak))
+    loss = torch.nn.functional.cross_entropy(0.5 * strong_logits + 0.5 * weak_logits, labels)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_known_heads_train_without_full_logits(make_model, make_args, tokenizer, dataset, recwarn):
+    trainer = WMSSTrainer(
+        make_model(),
+        make_args(num_train_epochs=2, logits_buffer_mb=1),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    assert not [warning for warning in recwarn if "full logits" in str(warning.message)]
+    projected = []
+    scored = trainer.curriculum_sampler.redraw  # the scoring does project every position
+    trainer.curriculum_sampler.redraw = lambda epoch: (scored(epoch), projected.clear())
+    for model in (trainer.model, trainer.weak_reference.model):
+        model.lm_head.register_forward_hook(lambda module, inputs, output: projected.append(output.shape))
+    trainer.train()
+    assert projected == []
+
+
+def test_full_logits_and_fused_runs_agree(make_model, make_args, tokenizer, dataset):
+    runs = []
+    for full_logits in (False, True):
+        trainer = WMSSTrainer(
+            make_model(), make_args(num_train_epochs=2), train_dataset=dataset, processing_class=tokenizer
+        )
+        trainer._full_logits = full_logits
+        trainer.train()
+        runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    np.testing.assert_allclose(runs[0], runs[1], rtol=1e-5)
+
+
+def test_uniform_model_has_a_head(make_model):
+    weak = UniformModel(make_model().config)
+    add_head_access(weak)
+    assert head_problem(weak) is None
+
+
+def test_trl_patches_the_forward_of_the_base_model():
+    """`add_head_access` goes on top of TRL's fused head, and `frozen_copy` takes both off again."""
+    source = inspect.getsource(SFTTrainer.__init__)
+    assert "self.model.get_base_model() if is_peft_model(self.model) else self.model" in source
+    assert "add_fused_lm_head(" in source

@@ -1,0 +1,148 @@
+"""Reaching a model's last hidden states and LM head from inside its forward, where wrappers keep them whole."""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .losses import project
+from .scoring import evaluating
+
+
+@dataclass
+class LMHead:
+    """
+    How a model turns hidden states into logits: `softcap * tanh(scale * (h W^T + bias) / softcap)`.
+
+    Args:
+        weight (`torch.Tensor` of shape `(V, H)`):
+            Weight of the projection.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Its bias.
+        scale (`float`):
+            What the logits are multiplied by.
+        softcap (`float`, *optional*):
+            Soft cap of the logits.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+@dataclass
+class HeadOutput:
+    """
+    Args:
+        value (`Any`):
+            What the function that was given the hidden states and the head returned.
+        aux_loss (`torch.Tensor` of shape `()`, *optional*):
+            Load-balancing loss of a mixture of experts, if its router logits were asked for.
+    """
+
+    value: Any
+    aux_loss: Tensor | None = None
+
+
+def unwrap_adapter(model: nn.Module) -> nn.Module:
+    """The model under a PEFT adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """Scale and soft cap that the architectures of transformers apply to their logits (checked with 5.23)."""
+    config = config.get_text_config()
+    scale = next(
+        (
+            value
+            for option in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (value := getattr(config, option, None)) is not None
+        ),
+        None,
+    )
+    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
+
+
+def add_head_access(model: nn.Module) -> None:
+    """
+    Let `model(..., positions=indices, with_lm_head=function)` return `function(hidden_states, lm_head)`.
+
+    The function is called inside the forward, so it can use the head's weight under any wrapper of the model. Without
+    `with_lm_head` the forward is the one that it was.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model with a `base_model` and output embeddings. Patch it before it is wrapped.
+    """
+    original_forward = model.forward
+    scale, softcap = logit_transform(model.config)
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        positions: Tensor | None = None,
+        with_lm_head: Callable[[Tensor, LMHead], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if with_lm_head is None:
+            return original_forward(*args, **kwargs)
+        # Looked up in each call: PEFT and FSDP replace them after patching
+        outputs = self.base_model(*args, **kwargs | {"use_cache": False})
+        lm_head = self.get_output_embeddings()
+        hidden = outputs.last_hidden_state.flatten(0, 1)[positions].to(lm_head.weight.device)
+        value = with_lm_head(hidden, LMHead(lm_head.weight, lm_head.bias, scale, softcap))
+        if not kwargs.get("output_router_logits"):
+            return HeadOutput(value)
+        # Every mixture of experts in transformers takes this function over from Mixtral
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        config = self.config.get_text_config()
+        aux_loss = load_balancing_loss_func(
+            outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+        )
+        return HeadOutput(value, aux_loss)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def head_problem(model: nn.Module) -> str | None:
+    """
+    Why a model's logits cannot be computed from its last hidden states and LM head, or `None` if they can.
+
+    The head is tried: an architecture that does something to its logits that [`logit_transform`] does not know gives
+    other numbers here than its own.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model patched by [`add_head_access`], not yet wrapped.
+    """
+    lm_head = model.get_output_embeddings()
+    if getattr(lm_head, "weight", None) is None or lm_head.weight.ndim != 2 or not hasattr(lm_head, "bias"):
+        return f"its output embeddings ({type(lm_head).__name__}) are not a linear layer"
+    device = lm_head.weight.device
+    inputs = {"input_ids": torch.arange(8, device=device).view(1, -1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with evaluating(model):
+        expected = model(**inputs, use_cache=False).logits[0].float()
+
+        def logits(hidden: Tensor, head: LMHead) -> Tensor:
+            out = torch.empty(len(hidden), len(head.weight), dtype=torch.float32, device=hidden.device)
+            return project(out, hidden, head.weight, head.bias, head.scale, head.softcap)
+
+        ours = model(**inputs, positions=torch.arange(8, device=device), with_lm_head=logits).value
+    spread = expected.std()
+    error = (ours - expected).abs().max()
+    if not error <= spread * (1e-3 if expected.dtype == lm_head.weight.dtype else 5e-2) + 1e-6:
+        return (
+            f"its logits are not those of its LM head (they differ by up to {error:.2g}; their spread is {spread:.2g})"
+        )
+    return None
