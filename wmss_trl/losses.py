@@ -320,13 +320,11 @@ def _linear_mixed_cross_entropy(
             project(z_strong, h_strong, strong_weight, strong_bias, o.scales[0], o.softcaps[0])
             z_weak = project(z_mix, h_weak, weak_weight, weak_bias, o.scales[1], o.softcaps[1])
 
-            _, weak_entropy[rows] = _log_normaliser_and_entropy(z_weak, p)
-            log_normaliser, strong_entropy[rows] = _log_normaliser_and_entropy(z_strong, p)
-            strong_log_probs[rows] = z_strong.gather(-1, y).squeeze(-1) - log_normaliser
-            is_top1[rows] = z_strong.argmax(-1) == y.squeeze(-1)
+            _, weak_entropy[rows], _ = _softmax_statistics(z_weak, y, p)
+            strong_log_probs[rows], strong_entropy[rows], top = _softmax_statistics(z_strong, y, p)
+            is_top1[rows] = top == y.squeeze(-1)
             z_mix.lerp_(z_strong, lam)
-            log_normaliser, mixed_entropy[rows] = _log_normaliser_and_entropy(z_mix, p)
-            mixed_log_probs[rows] = z_mix.gather(-1, y).squeeze(-1) - log_normaliser
+            mixed_log_probs[rows], mixed_entropy[rows], _ = _softmax_statistics(z_mix, y, p)
             if not any(needs_grad):
                 continue
 
@@ -369,13 +367,14 @@ def project(
     return out
 
 
-def _log_normaliser_and_entropy(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """`log sum exp z` and `H = log sum exp z - sum p z` of each row; the probabilities go into `out`."""
-    maximum, index = logits.max(-1)
+def _softmax_statistics(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the target, entropy and most probable token of each row; the probabilities go into `out`."""
+    maximum, top = logits.max(-1)
     torch.softmax(logits, -1, out=out)
-    # The probability of the maximum is at least 1/V, so its logarithm is exact
-    log_normaliser = maximum - out.gather(-1, index.unsqueeze(-1)).squeeze(-1).log()
-    return log_normaliser, log_normaliser - torch.linalg.vecdot(out, logits)
+    # log sum exp z, exactly: the probability of the maximum is at least 1/V
+    log_normaliser = maximum - out.gather(-1, top.unsqueeze(-1)).squeeze(-1).log()
+    entropy = log_normaliser - torch.einsum("nv,nv->n", out, logits)
+    return logits.gather(-1, targets).squeeze(-1) - log_normaliser, entropy, top
 
 
 def _accumulate(grads: list[Tensor | None], rows: Tensor, logits_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
