@@ -102,8 +102,8 @@ def markdown_table(results: dict[str, Measurement], baselines: Sequence[str]) ->
             pairs = zip(result.seconds, results[baseline].seconds, strict=True)
             ratio_low, ratio, ratio_high = quartiles([ours / theirs for ours, theirs in pairs])
             ratios.append(f"{ratio:.2f} ({ratio_low:.2f}-{ratio_high:.2f})")
-        memory = result.peak_bytes / 2**20
-        lines.append(f"| {name} | {median:.0f} ({low:.0f}-{high:.0f}) | {memory:.0f} | {' | '.join(ratios)} |")
+        memory = f"{result.peak_bytes / 2**20:.0f}" if result.peak_bytes else "not measured"
+        lines.append(f"| {name} | {median:.0f} ({low:.0f}-{high:.0f}) | {memory} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 

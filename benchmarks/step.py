@@ -1,0 +1,176 @@
+"""
+Time and memory of a full training step: data, forward, backward, clipping, optimizer, logging.
+
+    python benchmarks/step.py                       # CPU: a Qwen3 of 8 layers, hidden 512, vocabulary 32k, float32
+    python benchmarks/step.py --preset qwen3-0.6b --batch_size 4 --tokens 1024 --device cuda --bf16 [--checkpointing]
+
+Real trainers run `train()` at the same time in one process, each in a thread of its own, and take turns at every step,
+so that a change of the machine's speed meets all of them. Times are medians with quartiles, ratios are medians of the
+ratios within a round. Memory (CUDA only) is the peak that a step allocates beyond what was there before it, gradients
+included; the weak model's parameters come on top.
+
+TRL's DistillationTrainer, the nearest peer with two models, generates in every step and so has no step to compare;
+benchmarks/loss.py measures its loss.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from measure import Measurement, environment, markdown_table
+from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from wmss_trl import WMSSConfig, WMSSTrainer
+from wmss_trl.data.tiny import build_tokenizer
+
+# hidden, intermediate, layers, heads, key-value heads, head size, vocabulary, tied embeddings
+PRESETS = {
+    "cpu": (512, 1536, 8, 8, 4, 64, 32_768, True),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151_936, True),
+    "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151_936, True),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151_936, True),
+}
+
+
+class FullLogitSFTTrainer(SFTTrainer):
+    """SFT by the model's own loss, which on a CPU is faster than TRL's tiles."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100).flatten()
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum") / num_items_in_batch
+
+
+class TakeTurns(TrainerCallback):
+    """Holds a trainer back before each step until its turn comes, and times the step."""
+
+    def __init__(self, device: str):
+        self.device, self.seconds, self.peaks = device, [], []
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.done.release()
+        self.go.acquire()
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+            self.peaks.append(torch.cuda.max_memory_allocated() - self.before)
+        self.seconds.append(time.perf_counter() - self.start)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.done.release()
+
+
+def take_turns(trainers: dict[str, Trainer], rounds: int, device: str) -> dict[str, Measurement]:
+    """Run `rounds` steps of every trainer, interleaved; the first two rounds are for warming up."""
+    turns = {name: TakeTurns(device) for name in trainers}
+    threads = []
+    for name, trainer in trainers.items():
+        trainer.add_callback(turns[name])
+        threads.append(threading.Thread(target=trainer.train, daemon=True))
+        threads[-1].start()
+        turns[name].done.acquire()
+    for _ in range(rounds + 2):
+        for turn in turns.values():
+            turn.go.release()
+            turn.done.acquire()
+    for thread in threads:
+        thread.join()
+    return {name: Measurement(turn.seconds[2:], max(turn.peaks, default=0)) for name, turn in turns.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256, help="Tokens per example.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="*", help="Letters of the candidates to run.")
+    parser.add_argument("--json", default=None, help="File for the raw figures.")
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+
+    hidden, intermediate, layers, heads, kv_heads, head_dim, vocab_size, tied = PRESETS[args.preset]
+    tokenizer = build_tokenizer(["a"], vocab_size=300)
+    generator = torch.Generator().manual_seed(0)
+    steps = args.rounds + 2
+    ids = torch.randint(3, vocab_size, (steps * args.batch_size, args.tokens), generator=generator).tolist()
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+    def model(seed: int) -> Qwen3ForCausalLM:
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            tie_word_embeddings=tied,
+            max_position_embeddings=args.tokens,
+        )
+        return Qwen3ForCausalLM(config)
+
+    def make(cls: type[Trainer], config: type[SFTConfig], **options) -> Trainer:
+        weak = {"weak_model": model(1)} if options.get("mixing_lambda", 1.0) < 1 else {}
+        full_logits = options.pop("full_logits", False)
+        arguments = config(
+            output_dir=tempfile.mkdtemp(),
+            max_steps=steps,
+            per_device_train_batch_size=args.batch_size,
+            max_length=None,
+            bf16=args.bf16,
+            use_cpu=args.device == "cpu",
+            activation_checkpointing=args.checkpointing,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = cls(model(0), arguments, train_dataset=dataset, processing_class=tokenizer, **weak)
+        if full_logits:
+            trainer._full_logits = True
+        trainer.log = lambda *_, **__: None
+        return trainer
+
+    wmss = {"sft_epochs": 0, "curriculum": False}
+    candidates: dict[str, Callable[[], Trainer]] = {
+        "(a) SFTTrainer": lambda: make(SFTTrainer, SFTConfig),
+        "(a2) SFT, full logits": lambda: make(FullLogitSFTTrainer, SFTConfig),
+        "(b) WMSS, lambda = 1": lambda: make(WMSSTrainer, WMSSConfig, mixing_lambda=1.0, **wmss),
+        "(c) WMSS, frozen weak": lambda: make(WMSSTrainer, WMSSConfig, mixing_lambda=0.5, **wmss),
+        "(d) WMSS, full logits": lambda: make(WMSSTrainer, WMSSConfig, mixing_lambda=0.5, full_logits=True, **wmss),
+    }
+    chosen = {
+        name: build for name, build in candidates.items() if not args.only or name[1 : name.index(")")] in args.only
+    }
+    results = take_turns({name: build() for name, build in chosen.items()}, args.rounds, args.device)
+    print(environment(args.device), f"{vars(args)}", sep="\n", end="\n\n")
+    print(markdown_table(results, baselines=[name for name in results if name.startswith("(a")]))
+    if args.json:
+        rows = {name: result.as_dict() for name, result in results.items()}
+        Path(args.json).write_text(json.dumps({"arguments": vars(args)} | rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
