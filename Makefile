@@ -16,7 +16,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
 
+# Everything, GPU tests too where there is one. The kernels need Triton, which the CUDA builds of PyTorch bring along.
 test-all: $(INSTALLED) lint
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet triton
 	$(VENV)/bin/python -m pytest
 
 lint: $(INSTALLED)

@@ -10,6 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
 from wmss_trl import WMSSConfig
 from wmss_trl.data.tiny import build_model, build_tokenizer
 

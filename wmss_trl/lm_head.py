@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .losses import project
+from .losses import project, transform_logits_
 from .scoring import evaluating
 
 
@@ -136,7 +136,7 @@ def head_problem(model: nn.Module) -> str | None:
 
         def logits(hidden: Tensor, head: LMHead) -> Tensor:
             out = torch.empty(len(hidden), len(head.weight), dtype=torch.float32, device=hidden.device)
-            return project(out, hidden, head.weight, head.bias, head.scale, head.softcap)
+            return transform_logits_(project(out, hidden, head.weight, head.bias), head.scale, head.softcap)
 
         ours = model(**inputs, positions=torch.arange(8, device=device), with_lm_head=logits).value
     spread = expected.std()

@@ -10,8 +10,9 @@ The mixed-logit loss of Weak-Driven Learning (arXiv 2602.08222).
 The label stays the target: the weak model is never imitated, it gives probability back to plausible wrong tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 # Size of one float32 tile of logits. The handful of tiles alive at a time is all the memory the functions below need
 # besides the gradient itself.
 _TILE_BYTES = 64 * 2**20
+# It comes with the CUDA builds of PyTorch
+_TRITON_AVAILABLE = find_spec("triton") is not None
 
 
 @dataclass
@@ -219,7 +222,7 @@ def linear_mixed_cross_entropy(
         [`MixedLossOutput`]: the loss, a differentiable zero if every target is ignored, and the statistics of each
         position. Whatever requires a gradient gets one; no work is done for the others.
     """
-    options = _FusedOptions(
+    options = FusedOptions(
         mixing_lambda=mixing_lambda,
         anchor_weight=anchor_weight,
         ignore_index=ignore_index,
@@ -246,7 +249,9 @@ def linear_mixed_cross_entropy(
 
 
 @dataclass(frozen=True)
-class _FusedOptions:
+class FusedOptions:
+    """What a tile of the fused loss depends on besides its tensors; pairs are (strong, weak)."""
+
     mixing_lambda: float
     anchor_weight: float
     ignore_index: int
@@ -281,90 +286,125 @@ class _LinearMixedCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def _linear_mixed_cross_entropy(
-    strong_hidden,
-    strong_weight,
-    strong_bias,
-    weak_hidden,
-    weak_weight,
-    weak_bias,
-    targets,
-    num_items,
-    options,
-    needs_grad,
-):
+    strong_hidden: Tensor,
+    strong_weight: Tensor,
+    strong_bias: Tensor | None,
+    weak_hidden: Tensor,
+    weak_weight: Tensor,
+    weak_bias: Tensor | None,
+    targets: Tensor,
+    num_items: Tensor,
+    options: FusedOptions,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None]]:
     """Loss, statistics and, for whatever needs one, the gradient at an upstream gradient of 1."""
-    o, lam, a = options, options.mixing_lambda, options.anchor_weight
-    device, vocab_size = strong_hidden.device, strong_weight.size(0)
-    compute_dtype = _compute_dtype(strong_hidden)
     inputs = (strong_hidden, strong_weight, strong_bias, weak_hidden, weak_weight, weak_bias)
     grads = [
         # Several tiles add up in a weight's gradient: in float32, or the rounding of each would accumulate
         torch.zeros_like(x, dtype=_compute_dtype(x) if i % 3 else None) if needed else None
         for i, (x, needed) in enumerate(zip(inputs, needs_grad, strict=True))
     ]
+    needs_strong, needs_weak = any(needs_grad[:3]), any(needs_grad[3:])
+    device, dtype = strong_hidden.device, options.dtype
+    compute_dtype, vocab_size = _compute_dtype(strong_hidden), strong_weight.size(0)
     statistics = tuple(torch.zeros(len(targets), dtype=compute_dtype, device=device) for _ in range(5))
-    strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy = statistics
     is_top1 = torch.zeros(len(targets), dtype=torch.bool, device=device)
 
+    # Triton works on two tiles of logits in the dtype of the products; PyTorch works in float32, with a third tile for
+    # the probabilities
+    mix_tile, num_tiles, tile_dtype = _mix_tile, 3, compute_dtype
+    if _use_triton(device, dtype):
+        from .kernels import mix_tile
+
+        num_tiles, tile_dtype = 2, dtype
+    valid_rows = (targets != options.ignore_index).nonzero().squeeze(-1)
+    tile_rows = max(1, options.buffer_bytes // (num_tiles * vocab_size * tile_dtype.itemsize))
+    buffers = torch.empty(num_tiles, min(tile_rows, len(valid_rows)), vocab_size, dtype=tile_dtype, device=device)
+
     with torch.autocast(device.type, enabled=False):
-        strong_weight, weak_weight = strong_weight.to(o.dtype), weak_weight.to(o.dtype)
-        # Two tiles of logits and one of probabilities
-        tile_rows = max(1, o.buffer_bytes // (3 * vocab_size * compute_dtype.itemsize))
-        valid_rows = (targets != o.ignore_index).nonzero().squeeze(-1)
-        tile_rows = min(tile_rows, len(valid_rows))
-        buffers = torch.empty(3, tile_rows, vocab_size, dtype=compute_dtype, device=device)
+        strong_weight, weak_weight = strong_weight.to(dtype), weak_weight.to(dtype)
         for rows in valid_rows.split(tile_rows) if len(valid_rows) else ():
-            y = targets[rows].unsqueeze(-1)
-            h_strong, h_weak = strong_hidden[rows].to(o.dtype), weak_hidden[rows].to(o.dtype)
-            z_strong, z_mix, p = (buffer[: len(rows)] for buffer in buffers)
-            project(z_strong, h_strong, strong_weight, strong_bias, o.scales[0], o.softcaps[0])
-            z_weak = project(z_mix, h_weak, weak_weight, weak_bias, o.scales[1], o.softcaps[1])
+            h_strong, h_weak = strong_hidden[rows].to(dtype), weak_hidden[rows].to(dtype)
+            z_strong, z_weak, *scratch = (buffer[: len(rows)] for buffer in buffers)
+            project(z_strong, h_strong, strong_weight, strong_bias)
+            project(z_weak, h_weak, weak_weight, weak_bias)
+            *tile_statistics, top1, g_strong, g_weak = mix_tile(
+                z_strong, z_weak, *scratch, targets[rows], num_items, options, needs_strong, needs_weak
+            )
+            is_top1[rows] = top1
+            for statistic, values in zip(statistics, tile_statistics, strict=True):
+                statistic[rows] = values
+            if needs_weak:
+                _accumulate(grads[3:], rows, g_weak, h_weak, weak_weight)
+            if needs_strong:
+                _accumulate(grads[:3], rows, g_strong, h_strong, strong_weight)
 
-            _, weak_entropy[rows], _ = _softmax_statistics(z_weak, y, p)
-            strong_log_probs[rows], strong_entropy[rows], top = _softmax_statistics(z_strong, y, p)
-            is_top1[rows] = top == y.squeeze(-1)
-            z_mix.lerp_(z_strong, lam)
-            mixed_log_probs[rows], mixed_entropy[rows], _ = _softmax_statistics(z_mix, y, p)
-            if not any(needs_grad):
-                continue
-
-            minus_one = -torch.ones_like(y, dtype=compute_dtype)
-            g_mix = p.scatter_add_(-1, y, minus_one).mul_((1 - a) / num_items)
-            if any(needs_grad[3:]):
-                g_weak = (1 - lam) * g_mix
-                if o.softcaps[1] is not None:
-                    z_weak = z_mix.sub(z_strong, alpha=lam).div_(1 - lam) if lam < 1 else z_mix
-                    g_weak *= 1 - (z_weak / o.softcaps[1]) ** 2
-                _accumulate(grads[3:], rows, g_weak.mul_(o.scales[1]), h_weak, weak_weight)
-            if any(needs_grad[:3]):
-                g_strong = g_mix.mul_(lam)
-                if a:
-                    p_strong = torch.softmax(z_strong, -1, out=z_mix).scatter_add_(-1, y, minus_one)
-                    g_strong.add_(p_strong.mul_(a / num_items))
-                if o.softcaps[0] is not None:
-                    g_strong.mul_(z_strong.div_(o.softcaps[0]).square_().neg_().add_(1))
-                _accumulate(grads[:3], rows, g_strong.mul_(o.scales[0]), h_strong, strong_weight)
-
-    loss = -(a * strong_log_probs + (1 - a) * mixed_log_probs).sum() / num_items
+    strong_log_probs, mixed_log_probs, *_ = statistics
+    anchor = options.anchor_weight
+    loss = -(anchor * strong_log_probs + (1 - anchor) * mixed_log_probs).sum() / num_items
     grads = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
     return loss, (*statistics, is_top1), grads
 
 
-def project(
-    out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
-    """Logits of a tile as the model itself computes them, into `out`."""
+def _mix_tile(
+    z_strong: Tensor,
+    z_mix: Tensor,
+    p: Tensor,
+    targets: Tensor,
+    num_items: Tensor,
+    options: FusedOptions,
+    needs_strong: bool,
+    needs_weak: bool,
+) -> tuple[Tensor | None, ...]:
+    """
+    Statistics of a tile and the gradients of the loss with respect to the products `h W^T + b` in it.
+
+    `z_strong` and `z_mix` come in holding the strong and the weak products; they and `p` are overwritten.
+    """
+    lam, anchor = options.mixing_lambda, options.anchor_weight
+    y = targets.unsqueeze(-1)
+    for z, scale, softcap in zip((z_strong, z_mix), options.scales, options.softcaps, strict=True):
+        transform_logits_(z, scale, softcap)
+    _, weak_entropy, _ = _softmax_statistics(z_mix, y, p)
+    strong_log_probs, strong_entropy, top = _softmax_statistics(z_strong, y, p)
+    z_mix.lerp_(z_strong, lam)
+    mixed_log_probs, mixed_entropy, _ = _softmax_statistics(z_mix, y, p)
+    statistics = strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy, top == targets
+    if not (needs_strong or needs_weak):
+        return *statistics, None, None
+
+    minus_one = -torch.ones_like(y, dtype=p.dtype)
+    g_mix = p.scatter_add_(-1, y, minus_one).mul_((1 - anchor) / num_items)  # (1 - a) (P_mix - e_y)
+    g_weak = None
+    if needs_weak:
+        g_weak = (1 - lam) * g_mix
+        if options.softcaps[1] is not None and lam < 1:
+            z_weak = z_mix.sub(z_strong, alpha=lam).div_(1 - lam)
+            g_weak *= 1 - (z_weak / options.softcaps[1]) ** 2
+        g_weak *= options.scales[1]
+    g_strong = g_mix.mul_(lam)
+    if anchor:
+        p_strong = torch.softmax(z_strong, -1, out=z_mix)
+        g_strong.add_(p_strong.scatter_add_(-1, y, minus_one).mul_(anchor / num_items))
+    if options.softcaps[0] is not None:
+        g_strong.mul_(z_strong.div_(options.softcaps[0]).square_().neg_().add_(1))
+    return *statistics, g_strong.mul_(options.scales[0]), g_weak
+
+
+def project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`h W^T + b` into `out`, whose dtype may be wider."""
     if out.dtype == hidden.dtype:
         torch.mm(hidden, weight.t(), out=out)
     else:
         out.copy_(hidden @ weight.t())
-    if bias is not None:
-        out += bias
+    return out if bias is None else out.add_(bias)
+
+
+def transform_logits_(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """What a model does to the product of hidden states and LM head: `c tanh(scale * z / c)`, in place."""
     if scale != 1:
-        out *= scale
-    if softcap is not None:
-        out.div_(softcap).tanh_().mul_(softcap)
-    return out
+        logits *= scale
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _softmax_statistics(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -377,19 +417,28 @@ def _softmax_statistics(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[T
     return logits.gather(-1, targets).squeeze(-1) - log_normaliser, entropy, top
 
 
-def _accumulate(grads: list[Tensor | None], rows: Tensor, logits_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
+def _accumulate(
+    grads: Sequence[Tensor | None], rows: Tensor, logits_grad: Tensor, hidden: Tensor, weight: Tensor
+) -> None:
     """Add a tile's part to the gradients of hidden states, weight and bias."""
     hidden_grad, weight_grad, bias_grad = grads
     if bias_grad is not None:
-        bias_grad += logits_grad.sum(0)
+        bias_grad += logits_grad.sum(0, dtype=bias_grad.dtype)
     logits_grad = logits_grad.to(hidden.dtype)
     if hidden_grad is not None:
         hidden_grad[rows] = (logits_grad @ weight).to(hidden_grad.dtype)
-    if weight_grad is not None:
-        if weight_grad.dtype == hidden.dtype:
-            weight_grad.addmm_(logits_grad.t(), hidden)
-        else:
-            weight_grad += logits_grad.t() @ hidden
+    if weight_grad is None:
+        return
+    if weight_grad.dtype == hidden.dtype:
+        weight_grad.addmm_(logits_grad.t(), hidden)
+    elif hidden.device.type == "cuda":
+        torch.addmm(weight_grad, logits_grad.t(), hidden, out_dtype=weight_grad.dtype, out=weight_grad)
+    else:
+        weight_grad += logits_grad.t() @ hidden
+
+
+def _use_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    return _TRITON_AVAILABLE and device.type == "cuda" and dtype != torch.float64
 
 
 def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:

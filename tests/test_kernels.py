@@ -1,0 +1,50 @@
+"""Triton against PyTorch: on a GPU where there is one, otherwise under Triton's interpreter if Triton is installed."""
+
+import pytest
+import torch
+from test_losses import HEAD, random_heads
+
+from wmss_trl import losses
+from wmss_trl.losses import linear_mixed_cross_entropy
+
+pytest.importorskip("triton", reason="Triton is not installed: `pip install triton` to run it under its interpreter")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("loss", "strong_log_probs", "mixed_log_probs", "strong_entropy", "weak_entropy", "mixed_entropy")
+
+
+def run(tensors, targets, wanted, **options):
+    leaves = {n: t.detach().to(DEVICE).requires_grad_(n in wanted) for n, t in tensors.items()}
+    output = linear_mixed_cross_entropy(**leaves, targets=targets.to(DEVICE), mixing_lambda=0.4, **options)
+    grads = torch.autograd.grad(output.loss, [leaves[name] for name in wanted]) if wanted else ()
+    return output, grads
+
+
+@pytest.mark.parametrize("wanted", [(), ("strong_hidden", "strong_weight", "strong_bias"), "all"])
+@pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
+@pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "scale and softcap"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_triton_equals_pytorch(monkeypatch, dtype, tolerance, head, anchor_weight, wanted):
+    # More columns than a block of the kernels, several tiles of rows
+    tensors, targets = random_heads(num_tokens=11, vocab_size=1500, dtype=dtype)
+    wanted = tuple(tensors) if wanted == "all" else wanted
+    options = {"anchor_weight": anchor_weight, "buffer_bytes": 4 * 2 * 1500 * dtype.itemsize, **head}
+    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: False)
+    expected, expected_grads = run(tensors, targets, wanted, **options)
+    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
+    ours, grads = run(tensors, targets, wanted, **options)
+    for name in NAMES:
+        torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=tolerance, atol=tolerance)
+    if dtype == torch.float32:
+        assert torch.equal(ours.is_top1, expected.is_top1)
+    for name, grad, other in zip(wanted, grads, expected_grads, strict=True):
+        assert (grad - other).float().norm() <= tolerance * other.float().norm() + 1e-6, name
+
+
+def test_of_equal_logits_the_first_is_on_top(monkeypatch):
+    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
+    ones = torch.ones(2, 1, device=DEVICE)
+    weight = torch.tensor([[1.0], [2.0], [2.0]], device=DEVICE)
+    targets = torch.tensor([1, 2], device=DEVICE)
+    output = linear_mixed_cross_entropy(ones, weight, ones, weight, targets, 0.5)
+    assert output.is_top1.tolist() == [True, False]

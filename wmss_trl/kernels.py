@@ -1,0 +1,219 @@
+"""
+Triton kernels of the fused mixed loss: what [`~wmss_trl.losses.linear_mixed_cross_entropy`] does to a tile of logits.
+
+The products with the LM heads stay with cuBLAS. One kernel reads both tiles once and folds them into the online
+softmax statistics of the three distributions; a second one overwrites the tiles with the gradients.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .losses import FusedOptions
+
+_BLOCK_SIZE = 1024
+
+
+@triton.jit
+def _transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    z = z * scale
+    if HAS_SOFTCAP:
+        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # tanh
+    return z
+
+
+@triton.jit
+def _fold(z, mask, running_max, sum_exp, sum_exp_z):
+    """Fold a block of logits into the running maximum, `sum exp(z - max)` and `sum exp(z - max) z`."""
+    new_max = tl.maximum(running_max, tl.max(tl.where(mask, z, -float("inf")), axis=0))
+    rescale = tl.exp(running_max - new_max)
+    e = tl.where(mask, tl.exp(z - new_max), 0.0)
+    return new_max, sum_exp * rescale + tl.sum(e, axis=0), sum_exp_z * rescale + tl.sum(e * z, axis=0)
+
+
+@triton.jit
+def _statistics_kernel(
+    strong_ptr,
+    weak_ptr,
+    stride,
+    targets_ptr,
+    strong_log_probs_ptr,
+    mixed_log_probs_ptr,
+    strong_entropy_ptr,
+    weak_entropy_ptr,
+    mixed_entropy_ptr,
+    is_top1_ptr,
+    strong_log_z_ptr,
+    mixed_log_z_ptr,
+    vocab_size,
+    mixing_lambda,
+    strong_scale,
+    weak_scale,
+    strong_softcap,
+    weak_softcap,
+    STRONG_HAS_SOFTCAP: tl.constexpr,
+    WEAK_HAS_SOFTCAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    # One program per token
+    row = tl.program_id(0).to(tl.int64)
+    strong_row, weak_row = strong_ptr + row * stride, weak_ptr + row * stride
+    target = tl.load(targets_ptr + row)
+    s_max, w_max, m_max = -float("inf"), -float("inf"), -float("inf")
+    s_sum, w_sum, m_sum = 0.0, 0.0, 0.0
+    s_sum_z, w_sum_z, m_sum_z = 0.0, 0.0, 0.0
+    max_before_target = -float("inf")
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        mask = offsets < vocab_size
+        z_strong = tl.load(strong_row + offsets, mask=mask, other=0.0).to(tl.float32)
+        z_weak = tl.load(weak_row + offsets, mask=mask, other=0.0).to(tl.float32)
+        z_strong = _transform(z_strong, strong_scale, strong_softcap, STRONG_HAS_SOFTCAP)
+        z_weak = _transform(z_weak, weak_scale, weak_softcap, WEAK_HAS_SOFTCAP)
+        z_mix = z_weak + mixing_lambda * (z_strong - z_weak)
+        s_max, s_sum, s_sum_z = _fold(z_strong, mask, s_max, s_sum, s_sum_z)
+        w_max, w_sum, w_sum_z = _fold(z_weak, mask, w_max, w_sum, w_sum_z)
+        m_max, m_sum, m_sum_z = _fold(z_mix, mask, m_max, m_sum, m_sum_z)
+        before = tl.where(offsets < target, z_strong, -float("inf"))
+        max_before_target = tl.maximum(max_before_target, tl.max(before, axis=0))
+
+    s_target = _transform(
+        tl.load(strong_row + target).to(tl.float32), strong_scale, strong_softcap, STRONG_HAS_SOFTCAP
+    )
+    w_target = _transform(tl.load(weak_row + target).to(tl.float32), weak_scale, weak_softcap, WEAK_HAS_SOFTCAP)
+    m_target = w_target + mixing_lambda * (s_target - w_target)
+    s_log_z, w_log_z, m_log_z = s_max + tl.log(s_sum), w_max + tl.log(w_sum), m_max + tl.log(m_sum)
+    tl.store(strong_log_probs_ptr + row, s_target - s_log_z)
+    tl.store(mixed_log_probs_ptr + row, m_target - m_log_z)
+    tl.store(strong_entropy_ptr + row, s_log_z - s_sum_z / s_sum)
+    tl.store(weak_entropy_ptr + row, w_log_z - w_sum_z / w_sum)
+    tl.store(mixed_entropy_ptr + row, m_log_z - m_sum_z / m_sum)
+    # Of equal maxima the first counts, as for `argmax`
+    tl.store(is_top1_ptr + row, (s_target >= s_max) & (s_target > max_before_target))
+    tl.store(strong_log_z_ptr + row, s_log_z)
+    tl.store(mixed_log_z_ptr + row, m_log_z)
+
+
+@triton.jit
+def _gradient_kernel(
+    strong_ptr,
+    weak_ptr,
+    stride,
+    targets_ptr,
+    strong_log_z_ptr,
+    mixed_log_z_ptr,
+    num_items_ptr,
+    vocab_size,
+    mixing_lambda,
+    anchor_weight,
+    strong_scale,
+    weak_scale,
+    strong_softcap,
+    weak_softcap,
+    STRONG_HAS_SOFTCAP: tl.constexpr,
+    WEAK_HAS_SOFTCAP: tl.constexpr,
+    HAS_ANCHOR: tl.constexpr,
+    NEEDS_WEAK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    # One program per token and block of the vocabulary; overwrites the products with their gradients
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = offsets < vocab_size
+    strong_ptrs, weak_ptrs = strong_ptr + row * stride + offsets, weak_ptr + row * stride + offsets
+    z_strong = tl.load(strong_ptrs, mask=mask, other=0.0).to(tl.float32)
+    z_weak = tl.load(weak_ptrs, mask=mask, other=0.0).to(tl.float32)
+    z_strong = _transform(z_strong, strong_scale, strong_softcap, STRONG_HAS_SOFTCAP)
+    z_weak = _transform(z_weak, weak_scale, weak_softcap, WEAK_HAS_SOFTCAP)
+    z_mix = z_weak + mixing_lambda * (z_strong - z_weak)
+    one_hot = (offsets == tl.load(targets_ptr + row)).to(tl.float32)
+    per_item = 1 / tl.load(num_items_ptr)
+
+    g_mix = (1 - anchor_weight) * per_item * (tl.exp(z_mix - tl.load(mixed_log_z_ptr + row)) - one_hot)
+    g_strong = mixing_lambda * g_mix
+    if HAS_ANCHOR:
+        p_strong = tl.exp(z_strong - tl.load(strong_log_z_ptr + row))
+        g_strong += anchor_weight * per_item * (p_strong - one_hot)
+    if STRONG_HAS_SOFTCAP:
+        g_strong *= 1 - (z_strong / strong_softcap) * (z_strong / strong_softcap)
+    tl.store(strong_ptrs, (g_strong * strong_scale).to(strong_ptr.dtype.element_ty), mask=mask)
+    if NEEDS_WEAK:
+        g_weak = (1 - mixing_lambda) * g_mix
+        if WEAK_HAS_SOFTCAP:
+            g_weak *= 1 - (z_weak / weak_softcap) * (z_weak / weak_softcap)
+        tl.store(weak_ptrs, (g_weak * weak_scale).to(weak_ptr.dtype.element_ty), mask=mask)
+
+
+def mix_tile(
+    z_strong: Tensor,
+    z_weak: Tensor,
+    targets: Tensor,
+    num_items: Tensor,
+    options: FusedOptions,
+    needs_strong: bool,
+    needs_weak: bool,
+) -> tuple[Tensor | None, ...]:
+    """
+    Statistics of a tile and the gradients of the loss with respect to the products `h W^T + b` in it.
+
+    Args:
+        z_strong, z_weak (`torch.Tensor` of shape `(n, V)`):
+            Products of one tile. Overwritten by their gradients where these are needed.
+        targets (`torch.Tensor` of shape `(n,)`):
+            Target token ids.
+        num_items (`torch.Tensor` of shape `()`):
+            What the loss is divided by.
+        options ([`~wmss_trl.losses.FusedOptions`]):
+            Options of the loss.
+        needs_strong, needs_weak (`bool`):
+            Which gradients are needed.
+
+    Returns:
+        `tuple[torch.Tensor | None, ...]`: strong and mixed log-probabilities, strong, weak and mixed entropies, and
+        whether the target is the strong model's first choice, each of shape `(n,)`; then the two gradients of shape
+        `(n, V)`, or `None`.
+    """
+    num_rows, vocab_size = z_strong.shape
+    floats = torch.empty(7, num_rows, dtype=torch.float32, device=z_strong.device)
+    *statistics, strong_log_z, mixed_log_z = floats
+    is_top1 = torch.empty(num_rows, dtype=torch.bool, device=z_strong.device)
+    head = {
+        "strong_scale": options.scales[0],
+        "weak_scale": options.scales[1],
+        "strong_softcap": options.softcaps[0] or 1.0,
+        "weak_softcap": options.softcaps[1] or 1.0,
+        "STRONG_HAS_SOFTCAP": options.softcaps[0] is not None,
+        "WEAK_HAS_SOFTCAP": options.softcaps[1] is not None,
+        "BLOCK_SIZE": _BLOCK_SIZE,
+    }
+    _statistics_kernel[(num_rows,)](
+        z_strong,
+        z_weak,
+        z_strong.stride(0),
+        targets,
+        *statistics,
+        is_top1,
+        strong_log_z,
+        mixed_log_z,
+        vocab_size,
+        options.mixing_lambda,
+        **head,
+    )
+    if needs_strong or needs_weak:
+        _gradient_kernel[(num_rows, triton.cdiv(vocab_size, _BLOCK_SIZE))](
+            z_strong,
+            z_weak,
+            z_strong.stride(0),
+            targets,
+            strong_log_z,
+            mixed_log_z,
+            num_items,
+            vocab_size,
+            options.mixing_lambda,
+            options.anchor_weight,
+            HAS_ANCHOR=options.anchor_weight > 0,
+            NEEDS_WEAK=needs_weak,
+            **head,
+        )
+    return *statistics, is_top1, z_strong if needs_strong else None, z_weak if needs_weak else None
