@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from wmss_trl.diagnostics import evaluate_mixture, plot_active_set
+from wmss_trl.diagnostics import crossover_lambda, evaluate_mixture, plot_active_set
 
 
 def test_mixture_statistics_equal_token_by_token_float64(make_model, tokenizer):
@@ -45,6 +45,10 @@ def test_mixture_statistics_equal_token_by_token_float64(make_model, tokenizer):
     }
     assert len(rows) == 5
     assert result == pytest.approx(expected, rel=1e-5)
+
+
+def test_crossover_is_the_number_reported_by_the_paper():
+    assert crossover_lambda(1240.10, 1191.33) == pytest.approx(0.490, abs=5e-4)
 
 
 def test_active_set_is_marked():

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed: `pip install trit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("loss", "strong_log_probs", "mixed_log_probs", "strong_entropy", "weak_entropy", "mixed_entropy")
+MOMENTS = ("strong_logit_mean", "weak_logit_mean", "strong_logit_norm", "weak_logit_norm")
 
 
 def run(tensors, targets, wanted, **options):
@@ -28,12 +29,17 @@ def test_triton_equals_pytorch(monkeypatch, dtype, tolerance, head, anchor_weigh
     # More columns than a block of the kernels, several tiles of rows
     tensors, targets = random_heads(num_tokens=11, vocab_size=1500, dtype=dtype)
     wanted = tuple(tensors) if wanted == "all" else wanted
-    options = {"anchor_weight": anchor_weight, "buffer_bytes": 4 * 2 * 1500 * dtype.itemsize, **head}
+    options = {
+        "anchor_weight": anchor_weight,
+        "logit_statistics": bool(anchor_weight),
+        "buffer_bytes": 4 * 2 * 1500 * dtype.itemsize,
+        **head,
+    }
     monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: False)
     expected, expected_grads = run(tensors, targets, wanted, **options)
     monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
     ours, grads = run(tensors, targets, wanted, **options)
-    for name in NAMES:
+    for name in NAMES + MOMENTS if anchor_weight else NAMES:
         torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=tolerance, atol=tolerance)
     if dtype == torch.float32:
         assert torch.equal(ours.is_top1, expected.is_top1)

@@ -285,6 +285,22 @@ def test_fused_statistics_equal_those_of_the_full_logits():
     assert torch.equal(fused.mask, full.mask)
 
 
+def test_logit_statistics_are_the_mean_and_the_centered_norm():
+    tensors, targets = random_heads()
+    with torch.no_grad():
+        tensors["strong_bias"] += 100  # a drift of the mean changes nothing else
+    output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.3, logit_statistics=True)
+    valid = targets != -100
+    for name in ("strong", "weak"):
+        logits = logits_of(tensors, name)[valid]
+        mean, norm = getattr(output, f"{name}_logit_mean"), getattr(output, f"{name}_logit_norm")
+        torch.testing.assert_close(mean[valid].double(), logits.mean(-1), rtol=1e-5, atol=1e-5)
+        expected = torch.linalg.norm(logits - logits.mean(-1, keepdim=True), dim=-1)
+        torch.testing.assert_close(norm[valid].double(), expected, rtol=1e-4, atol=0)
+        assert not mean[~valid].any()
+    assert linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.3).strong_logit_mean is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_half_precision_is_as_exact_as_full_logits_in_that_precision(dtype):
     tensors, targets = random_heads(num_tokens=64, vocab_size=200, dtype=dtype, bias=False)

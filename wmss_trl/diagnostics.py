@@ -80,6 +80,21 @@ def evaluate_mixture(
     }
 
 
+def crossover_lambda(strong_norm: float, weak_norm: float) -> float:
+    """
+    Mixing weight above which the strong branch dominates the update: `1 / (1 + sqrt(a))` with `a = (||z_strong|| /
+    ||z_weak||)^2`, a heuristic of paper v2.
+
+    Args:
+        strong_norm, weak_norm (`float`):
+            Norms of the centered logits, as in [`~wmss_trl.losses.MixedLossOutput`].
+
+    Returns:
+        `float`: the crossover, in (0, 1).
+    """
+    return weak_norm / (weak_norm + strong_norm)
+
+
 def plot_active_set(ax: "Axes", weak_entropy: np.ndarray, strong_entropy: np.ndarray, indices: np.ndarray) -> None:
     """
     Scatter of every example's entropy under both models, with the active set marked.

@@ -33,6 +33,17 @@ def _fold(z, mask, running_max, sum_exp, sum_exp_z):
 
 
 @triton.jit
+def _fold_moments(z, mask, count, mean, squares):
+    """Fold a block of logits into their mean and sum of squared deviations (Chan et al., 1979)."""
+    block_count = tl.sum(mask.to(tl.float32), axis=0)
+    block_mean = tl.sum(tl.where(mask, z, 0.0), axis=0) / block_count
+    deviation = tl.where(mask, z - block_mean, 0.0)
+    delta = block_mean - mean
+    share = block_count / (count + block_count)
+    return mean + delta * share, squares + tl.sum(deviation * deviation, axis=0) + delta * delta * count * share
+
+
+@triton.jit
 def _statistics_kernel(
     strong_ptr,
     weak_ptr,
@@ -43,6 +54,10 @@ def _statistics_kernel(
     strong_entropy_ptr,
     weak_entropy_ptr,
     mixed_entropy_ptr,
+    strong_mean_ptr,
+    weak_mean_ptr,
+    strong_norm_ptr,
+    weak_norm_ptr,
     is_top1_ptr,
     strong_log_z_ptr,
     mixed_log_z_ptr,
@@ -54,6 +69,7 @@ def _statistics_kernel(
     weak_softcap,
     STRONG_HAS_SOFTCAP: tl.constexpr,
     WEAK_HAS_SOFTCAP: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     # One program per token
@@ -63,6 +79,7 @@ def _statistics_kernel(
     s_max, w_max, m_max = -float("inf"), -float("inf"), -float("inf")
     s_sum, w_sum, m_sum = 0.0, 0.0, 0.0
     s_sum_z, w_sum_z, m_sum_z = 0.0, 0.0, 0.0
+    s_mean, w_mean, s_squares, w_squares = 0.0, 0.0, 0.0, 0.0
     max_before_target = -float("inf")
     for start in range(0, vocab_size, BLOCK_SIZE):
         offsets = start + tl.arange(0, BLOCK_SIZE)
@@ -75,6 +92,9 @@ def _statistics_kernel(
         s_max, s_sum, s_sum_z = _fold(z_strong, mask, s_max, s_sum, s_sum_z)
         w_max, w_sum, w_sum_z = _fold(z_weak, mask, w_max, w_sum, w_sum_z)
         m_max, m_sum, m_sum_z = _fold(z_mix, mask, m_max, m_sum, m_sum_z)
+        if HAS_MOMENTS:
+            s_mean, s_squares = _fold_moments(z_strong, mask, start, s_mean, s_squares)
+            w_mean, w_squares = _fold_moments(z_weak, mask, start, w_mean, w_squares)
         before = tl.where(offsets < target, z_strong, -float("inf"))
         max_before_target = tl.maximum(max_before_target, tl.max(before, axis=0))
 
@@ -89,6 +109,11 @@ def _statistics_kernel(
     tl.store(strong_entropy_ptr + row, s_log_z - s_sum_z / s_sum)
     tl.store(weak_entropy_ptr + row, w_log_z - w_sum_z / w_sum)
     tl.store(mixed_entropy_ptr + row, m_log_z - m_sum_z / m_sum)
+    if HAS_MOMENTS:
+        tl.store(strong_mean_ptr + row, s_mean)
+        tl.store(weak_mean_ptr + row, w_mean)
+        tl.store(strong_norm_ptr + row, tl.sqrt(s_squares))
+        tl.store(weak_norm_ptr + row, tl.sqrt(w_squares))
     # Of equal maxima the first counts, as for `argmax`
     tl.store(is_top1_ptr + row, (s_target >= s_max) & (s_target > max_before_target))
     tl.store(strong_log_z_ptr + row, s_log_z)
@@ -170,13 +195,16 @@ def mix_tile(
             Which gradients are needed.
 
     Returns:
-        `tuple[torch.Tensor | None, ...]`: strong and mixed log-probabilities, strong, weak and mixed entropies, and
-        whether the target is the strong model's first choice, each of shape `(n,)`; then the two gradients of shape
-        `(n, V)`, or `None`.
+        `tuple[torch.Tensor | None, ...]`: strong and mixed log-probabilities, strong, weak and mixed entropies, with
+        `options.logit_statistics` the means and centered norms of the strong and the weak logits, and whether the
+        target is the strong model's first choice, each of shape `(n,)`; then the two gradients of shape `(n, V)`, or
+        `None`.
     """
     num_rows, vocab_size = z_strong.shape
-    floats = torch.empty(7, num_rows, dtype=torch.float32, device=z_strong.device)
+    num_statistics = 9 if options.logit_statistics else 5
+    floats = torch.empty(num_statistics + 2, num_rows, dtype=torch.float32, device=z_strong.device)
     *statistics, strong_log_z, mixed_log_z = floats
+    moments = statistics[5:] or [strong_log_z] * 4  # unused pointers still need a tensor
     is_top1 = torch.empty(num_rows, dtype=torch.bool, device=z_strong.device)
     head = {
         "strong_scale": options.scales[0],
@@ -192,12 +220,14 @@ def mix_tile(
         z_weak,
         z_strong.stride(0),
         targets,
-        *statistics,
+        *statistics[:5],
+        *moments,
         is_top1,
         strong_log_z,
         mixed_log_z,
         vocab_size,
         options.mixing_lambda,
+        HAS_MOMENTS=options.logit_statistics,
         **head,
     )
     if needs_strong or needs_weak:

@@ -40,6 +40,10 @@ class MixedLossOutput:
             Whether the target is the strong model's most probable token.
         mask (`torch.Tensor` of shape `(N,)`):
             Whether the position has a target.
+        strong_logit_mean, weak_logit_mean (`torch.Tensor` of shape `(N,)`, *optional*):
+            Mean of the logits over the vocabulary, which may drift without any effect.
+        strong_logit_norm, weak_logit_norm (`torch.Tensor` of shape `(N,)`, *optional*):
+            Norm of the centered logits, `||z - mean(z)||_2`: how sharp they are, whatever their mean.
     """
 
     loss: Tensor
@@ -50,6 +54,10 @@ class MixedLossOutput:
     mixed_entropy: Tensor
     is_top1: Tensor
     mask: Tensor
+    strong_logit_mean: Tensor | None = None
+    weak_logit_mean: Tensor | None = None
+    strong_logit_norm: Tensor | None = None
+    weak_logit_norm: Tensor | None = None
 
 
 def mixed_cross_entropy(
@@ -189,6 +197,7 @@ def linear_mixed_cross_entropy(
     strong_softcap: float | None = None,
     weak_softcap: float | None = None,
     buffer_bytes: int = 256 * 2**20,
+    logit_statistics: bool = False,
 ) -> MixedLossOutput:
     """
     [`mixed_cross_entropy`] from hidden states and LM heads: the logits exist one tile of tokens at a time.
@@ -217,6 +226,8 @@ def linear_mixed_cross_entropy(
             Soft cap `c` of each model's logits, `c tanh(z / c)` (Gemma's `final_logit_softcapping`).
         buffer_bytes (`int`, *optional*, defaults to 256 MiB):
             Memory for the tiles of logits. At least one token's logits are held.
+        logit_statistics (`bool`, *optional*, defaults to `False`):
+            Whether to return the means and the centered norms of the logits too.
 
     Returns:
         [`MixedLossOutput`]: the loss, a differentiable zero if every target is ignored, and the statistics of each
@@ -231,10 +242,11 @@ def linear_mixed_cross_entropy(
         buffer_bytes=buffer_bytes,
         dtype=_matmul_dtype(strong_hidden),
         grad_enabled=torch.is_grad_enabled(),
+        logit_statistics=logit_statistics,
     )
     mask = targets != ignore_index
     num_items = mask.sum() if num_items is None else torch.as_tensor(num_items, device=strong_hidden.device)
-    loss, *statistics = _LinearMixedCrossEntropy.apply(
+    loss, *statistics, is_top1 = _LinearMixedCrossEntropy.apply(
         strong_hidden,
         strong_weight,
         strong_bias,
@@ -245,7 +257,7 @@ def linear_mixed_cross_entropy(
         num_items.clamp(min=1).to(_compute_dtype(strong_hidden)),
         options,
     )
-    return MixedLossOutput(loss, *statistics, mask=mask)
+    return MixedLossOutput(loss, *statistics[:5], is_top1, mask, *statistics[5:])
 
 
 @dataclass(frozen=True)
@@ -260,6 +272,7 @@ class FusedOptions:
     buffer_bytes: int
     dtype: torch.dtype
     grad_enabled: bool
+    logit_statistics: bool
 
 
 class _LinearMixedCrossEntropy(torch.autograd.Function):
@@ -307,7 +320,8 @@ def _linear_mixed_cross_entropy(
     needs_strong, needs_weak = any(needs_grad[:3]), any(needs_grad[3:])
     device, dtype = strong_hidden.device, options.dtype
     compute_dtype, vocab_size = _compute_dtype(strong_hidden), strong_weight.size(0)
-    statistics = tuple(torch.zeros(len(targets), dtype=compute_dtype, device=device) for _ in range(5))
+    num_statistics = 9 if options.logit_statistics else 5
+    statistics = torch.zeros(num_statistics, len(targets), dtype=compute_dtype, device=device).unbind()
     is_top1 = torch.zeros(len(targets), dtype=torch.bool, device=device)
 
     # Triton works on two tiles of logits in the dtype of the products; PyTorch works in float32, with a third tile for
@@ -365,11 +379,16 @@ def _mix_tile(
     y = targets.unsqueeze(-1)
     for z, scale, softcap in zip((z_strong, z_mix), options.scales, options.softcaps, strict=True):
         transform_logits_(z, scale, softcap)
+    logit_statistics = ()
+    if options.logit_statistics:
+        variances, means = zip(*(torch.var_mean(z, -1, correction=0) for z in (z_strong, z_mix)), strict=True)
+        logit_statistics = *means, *((variance * z_mix.size(-1)).sqrt() for variance in variances)
     _, weak_entropy, _ = _softmax_statistics(z_mix, y, p)
     strong_log_probs, strong_entropy, top = _softmax_statistics(z_strong, y, p)
     z_mix.lerp_(z_strong, lam)
     mixed_log_probs, mixed_entropy, _ = _softmax_statistics(z_mix, y, p)
-    statistics = strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy, top == targets
+    statistics = strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy
+    statistics = *statistics, *logit_statistics, top == targets
     if not (needs_strong or needs_weak):
         return *statistics, None, None
 
