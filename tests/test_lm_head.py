@@ -117,7 +117,7 @@ def test_unknown_head_is_found_out_and_trained_on_full_logits(make_model, make_a
     weak = make_model(seed=1, dropout=0.0)
     weak.__class__ = Shifted
     expected = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match=r"full logits.*the model \(its logits are not those of its LM head"):
+    with pytest.warns(UserWarning, match="because of the model: its logits are not those of its LM head"):
         trainer = WMSSTrainer(
             model,
             make_args(sft_epochs=0, curriculum=False, max_steps=1, train_sampling_strategy="sequential"),
@@ -134,10 +134,11 @@ def test_unknown_head_is_found_out_and_trained_on_full_logits(make_model, make_a
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_known_heads_train_without_full_logits(make_model, make_args, tokenizer, dataset, recwarn):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_known_heads_train_without_full_logits(make_model, make_args, tokenizer, dataset, recwarn, bf16):
     trainer = WMSSTrainer(
         make_model(),
-        make_args(num_train_epochs=2, logits_buffer_mb=1),
+        make_args(num_train_epochs=2, logits_buffer_mb=1, bf16=bf16),
         train_dataset=dataset,
         processing_class=tokenizer,
     )

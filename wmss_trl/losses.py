@@ -240,7 +240,7 @@ def linear_mixed_cross_entropy(
         scales=(strong_scale, weak_scale),
         softcaps=(strong_softcap, weak_softcap),
         buffer_bytes=buffer_bytes,
-        dtype=_matmul_dtype(strong_hidden),
+        dtype=matmul_dtype(strong_hidden),
         grad_enabled=torch.is_grad_enabled(),
         logit_statistics=logit_statistics,
     )
@@ -506,7 +506,8 @@ def _entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(-1)
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of a matrix product with `hidden`: that of autocast where it is on."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 

@@ -170,7 +170,7 @@ class WMSSTrainer(SFTTrainer):
         self._full_logits = bool(problems)
         for name, problem in problems.items():
             warnings.warn(
-                f"The mixed loss is computed on full logits, which takes more memory: the {name} ({problem}).",
+                f"The mixed loss is computed on full logits, with more memory, because of the {name}: {problem}.",
                 stacklevel=2,
             )
         if args.curriculum:
