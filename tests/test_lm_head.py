@@ -9,7 +9,7 @@ from trl import SFTTrainer
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.baselines.uniform import UniformModel
-from wmss_trl.lm_head import add_head_access, head_problem
+from wmss_trl.lm_head import add_head_access
 from wmss_trl.losses import linear_mixed_cross_entropy, mixed_cross_entropy
 
 SIZES = {
@@ -60,8 +60,7 @@ def test_fused_loss_equals_the_models_own_logits(architecture):
     expected_grads = torch.autograd.grad(expected, parameters, allow_unused=True)
 
     for model in (strong, weak):
-        add_head_access(model)
-        assert head_problem(model) is None
+        assert add_head_access(model) is None
     positions = (targets != -100).nonzero().squeeze(-1)
     with torch.no_grad():
         weak_hidden, weak_head = weak(
@@ -144,8 +143,6 @@ def test_known_heads_train_without_full_logits(make_model, make_args, tokenizer,
     )
     assert not [warning for warning in recwarn if "full logits" in str(warning.message)]
     projected = []
-    scored = trainer.curriculum_sampler.redraw  # the scoring does project every position
-    trainer.curriculum_sampler.redraw = lambda epoch: (scored(epoch), projected.clear())
     for model in (trainer.model, trainer.weak_reference.model):
         model.lm_head.register_forward_hook(lambda module, inputs, output: projected.append(output.shape))
     trainer.train()
@@ -166,8 +163,7 @@ def test_full_logits_and_fused_runs_agree(make_model, make_args, tokenizer, data
 
 def test_uniform_model_has_a_head(make_model):
     weak = UniformModel(make_model().config)
-    add_head_access(weak)
-    assert head_problem(weak) is None
+    assert add_head_access(weak) is None
 
 
 def test_trl_patches_the_forward_of_the_base_model():

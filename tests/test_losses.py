@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmss_trl import losses
 from wmss_trl.losses import (
+    linear_entropy,
     linear_mixed_cross_entropy,
     mixed_cross_entropy,
     mixed_loss,
@@ -379,6 +380,22 @@ def test_fused_loss_holds_no_more_logits_than_its_buffer():
         torch.autograd.grad(output.loss, list(tensors.values()))
     assert len(allocations.storages) == 1  # the buffer of the three tiles
     assert torch.float64 not in allocations.dtypes
+
+
+@pytest.mark.parametrize("tile_rows", [1, 4, 100])
+def test_linear_entropy_equals_that_of_the_full_logits(tile_rows):
+    tensors, _ = random_heads()
+    entropy = linear_entropy(
+        tensors["strong_hidden"],
+        tensors["strong_weight"],
+        tensors["strong_bias"],
+        scale=0.7,
+        softcap=5.0,
+        buffer_bytes=2 * 37 * 4 * tile_rows,
+    )
+    expected = torch.distributions.Categorical(logits=logits_of(tensors, "strong", 0.7, 5.0)).entropy()
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not entropy.requires_grad
 
 
 def test_next_token_targets_align_logits_with_the_following_label():

@@ -5,6 +5,7 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import score_entropy
+from wmss_trl.lm_head import add_head_access
 from wmss_trl.scoring import supervised_token_counts
 
 
@@ -36,13 +37,24 @@ def brute_force_entropy(model, example):
     return sum(entropies) / len(entropies)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_score_is_the_mean_entropy_of_the_supervised_tokens(make_model, collator, batch_size):
-    model, dataset = make_model(), tokenized()
-    with torch.no_grad():  # an untrained model is uniform everywhere, which would hide a wrong alignment
+def make_scaled(make_model):
+    """An untrained model is uniform everywhere, which would hide a wrong alignment."""
+    model = make_model()
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    scores = score_entropy(model, dataset, collator, batch_size, disable_tqdm=True)
+    return model
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_score_is_the_mean_entropy_of_the_supervised_tokens(make_model, collator, batch_size, tiled):
+    model, dataset = make_scaled(make_model), tokenized()
+    if tiled:
+        add_head_access(model)
+        model.lm_head.register_forward_hook(lambda *_: pytest.fail("built full logits"))
+    scores = score_entropy(model, dataset, collator, batch_size, disable_tqdm=True, buffer_bytes=2 * 261 * 4 * 10)
+    model = make_scaled(make_model)
     expected = [brute_force_entropy(model, example) for example in dataset]
     assert scores.dtype == np.float32
     assert np.std(expected) > 0.01

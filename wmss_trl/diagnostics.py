@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from .lm_head import evaluating
 from .losses import mixed_loss, next_token_targets
-from .scoring import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

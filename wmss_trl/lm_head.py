@@ -2,7 +2,8 @@
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .losses import matmul_dtype, project, transform_logits_
-from .scoring import evaluating
 
 
 @dataclass
@@ -50,6 +50,19 @@ class HeadOutput:
     aux_loss: Tensor | None = None
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode without gradients, and give every submodule its own mode back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def unwrap_adapter(model: nn.Module) -> nn.Module:
     """The model under a PEFT adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -71,16 +84,19 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
 
 
-def add_head_access(model: nn.Module) -> None:
+def add_head_access(model: nn.Module) -> str | None:
     """
     Let `model(..., positions=indices, with_lm_head=function)` return `function(hidden_states, lm_head)`.
 
     The function is called inside the forward, so it can use the head's weight under any wrapper of the model. Without
-    `with_lm_head` the forward is the one that it was.
+    `with_lm_head` the forward is the one that it was. `model.has_head_access` tells whether this can be relied on.
 
     Args:
         model (`torch.nn.Module`):
             Causal language model with a `base_model` and output embeddings. Patch it before it is wrapped.
+
+    Returns:
+        `str` or `None`: why the model's logits cannot be computed from its last hidden states and LM head, if so.
     """
     original_forward = model.forward
     scale, softcap = logit_transform(model.config)
@@ -112,19 +128,13 @@ def add_head_access(model: nn.Module) -> None:
         return HeadOutput(value, aux_loss)
 
     model.forward = types.MethodType(forward, model)
+    problem = _head_problem(model)
+    model.has_head_access = problem is None
+    return problem
 
 
-def head_problem(model: nn.Module) -> str | None:
-    """
-    Why a model's logits cannot be computed from its last hidden states and LM head, or `None` if they can.
-
-    The head is tried: an architecture that does something to its logits that [`logit_transform`] does not know gives
-    other numbers here than its own.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model patched by [`add_head_access`], not yet wrapped.
-    """
+def _head_problem(model: nn.Module) -> str | None:
+    """Tries the head: an architecture that does to its logits what [`logit_transform`] does not know is found out."""
     lm_head = model.get_output_embeddings()
     if getattr(lm_head, "weight", None) is None or lm_head.weight.ndim != 2 or not hasattr(lm_head, "bias"):
         return f"its output embeddings ({type(lm_head).__name__}) are not a linear layer"

@@ -480,6 +480,43 @@ def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     return entropy
 
 
+def linear_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    buffer_bytes: int = 256 * 2**20,
+) -> Tensor:
+    """
+    Predictive entropy from hidden states and LM head, with the logits of one tile of tokens at a time.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Last hidden states.
+        weight (`torch.Tensor` of shape `(V, H)`), bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            LM head.
+        scale, softcap:
+            See [`linear_mixed_cross_entropy`].
+        buffer_bytes (`int`, *optional*, defaults to 256 MiB):
+            Memory for the tiles.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: entropies in nats, without gradient.
+    """
+    dtype, compute_dtype, vocab_size = matmul_dtype(hidden), _compute_dtype(hidden), weight.size(0)
+    tile_rows = max(1, buffer_bytes // (2 * vocab_size * compute_dtype.itemsize))
+    z, p = torch.empty(2, min(tile_rows, len(hidden)), vocab_size, dtype=compute_dtype, device=hidden.device)
+    entropies = [hidden.new_zeros(0, dtype=compute_dtype)]
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        weight = weight.to(dtype)
+        for h in hidden.to(dtype).split(tile_rows):
+            logits = transform_logits_(project(z[: len(h)], h, weight, bias), scale, softcap)
+            probs = torch.softmax(logits, -1, out=p[: len(h)])
+            entropies.append(torch.special.entr(probs, out=logits).sum(-1))
+    return torch.cat(entropies)
+
+
 def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """
     Targets of each position under the causal shift: the logits at position t-1 predict the token at t.

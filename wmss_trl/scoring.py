@@ -1,7 +1,6 @@
 """Per-example predictive entropy of a model over a data set (phase 2 of arXiv 2602.08222)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .curriculum import check_finite
-from .losses import next_token_targets, token_entropy
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode without gradients, and give every submodule its own mode back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+from .lm_head import LMHead, evaluating, unwrap_adapter
+from .losses import linear_entropy, next_token_targets, token_entropy
 
 
 def supervised_token_counts(dataset: Dataset) -> np.ndarray:
@@ -61,6 +48,7 @@ def score_entropy(
     accelerator: Accelerator | None = None,
     description: str = "Scoring",
     disable_tqdm: bool = False,
+    buffer_bytes: int = 256 * 2**20,
 ) -> np.ndarray:
     """
     Predictive entropy of each example, averaged over its supervised tokens, under teacher forcing:
@@ -83,6 +71,9 @@ def score_entropy(
             Label of the progress bar.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to hide the progress bar.
+        buffer_bytes (`int`, *optional*, defaults to 256 MiB):
+            Memory for the logits of a model patched by [`~wmss_trl.lm_head.add_head_access`], as the trainer's are.
+            Any other model builds the full logits of each batch.
 
     Returns:
         `np.ndarray` of shape `(n,)`: float32 entropies in nats, in data-set order.
@@ -109,7 +100,7 @@ def score_entropy(
             # Every rank runs the same number of forwards (sharded models would hang otherwise): the ranks that the
             # last round leaves without a batch repeat one and drop the result.
             indices = share[min(rank, len(share) - 1)]
-            scores = _batch_entropy(model, data_collator([dataset[int(i)] for i in indices]), device)
+            scores = _batch_entropy(model, data_collator([dataset[int(i)] for i in indices]), device, buffer_bytes)
             if rank < len(share):
                 entropy[torch.from_numpy(indices).to(device)] = scores
             progress.update(sum(map(len, share)))
@@ -120,11 +111,21 @@ def score_entropy(
     return entropy
 
 
-def _batch_entropy(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+def _batch_entropy(
+    model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, buffer_bytes: int
+) -> torch.Tensor:
     batch = {key: value.to(device) for key, value in batch.items()}
-    targets = next_token_targets(batch.pop("labels"))
-    logits = model(**batch, use_cache=False).logits
-    mask = targets != -100
-    per_token = token_entropy(logits.view(-1, logits.size(-1)), mask)
+    labels = batch.pop("labels")
+    mask = next_token_targets(labels) != -100
+    if getattr(unwrap_adapter(model), "has_head_access", False):
+
+        def entropy(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
+            return linear_entropy(hidden, head.weight, head.bias, head.scale, head.softcap, buffer_bytes)
+
+        positions = mask.nonzero().squeeze(-1)
+        per_token = torch.zeros(len(mask), device=device)
+        per_token[positions] = model(**batch, positions=positions, with_lm_head=entropy).value.float()
+    else:
+        per_token = token_entropy(model(**batch, use_cache=False).logits.flatten(0, 1), mask)
     # 0 / 0 is NaN, which the caller reports
-    return per_token.view(logits.shape[:2]).sum(-1) / mask.view(logits.shape[:2]).sum(-1)
+    return per_token.view(labels.shape).sum(-1) / mask.view(labels.shape).sum(-1)

@@ -30,7 +30,7 @@ from trl.trainer.utils import get_config_model_id
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .epochs import EpochPlan
-from .lm_head import HeadOutput, LMHead, add_head_access, head_problem, unwrap_adapter
+from .lm_head import HeadOutput, LMHead, add_head_access, unwrap_adapter
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
 from .scoring import score_entropy, supervised_token_counts
 from .weak import WeakReference, make_weak_reference
@@ -158,21 +158,15 @@ class WMSSTrainer(SFTTrainer):
                 )
             return
         self._check_supported()
-        add_head_access(unwrap_adapter(self.model))
+        head_problem = add_head_access(unwrap_adapter(self.model))
         self.weak_reference = make_weak_reference(
             weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
         )
-        problems = {
-            name: problem
-            for name, model in (("model", self.model), ("weak model", self.weak_reference.model))
-            if args.mixing_lambda < 1 and (problem := head_problem(unwrap_adapter(model)))
-        }
-        self._full_logits = bool(problems)
-        for name, problem in problems.items():
-            warnings.warn(
-                f"The mixed loss is computed on full logits, with more memory, because of the {name}: {problem}.",
-                stacklevel=2,
-            )
+        problems = {"model": head_problem, "weak model": self.weak_reference.head_problem}
+        self._full_logits = any(problems.values())
+        if self._full_logits:
+            because = "; ".join(f"because of the {name}: {problem}" for name, problem in problems.items() if problem)
+            warnings.warn(f"Loss and scores need the full logits, which take more memory, {because}.", stacklevel=2)
         if args.curriculum:
             self.curriculum_sampler = self._make_curriculum_sampler()
             self.add_callback(self.curriculum_sampler)
@@ -261,6 +255,7 @@ class WMSSTrainer(SFTTrainer):
             batch_size=self.args.scoring_batch_size or self.args.per_device_eval_batch_size,
             accelerator=self.accelerator,
             disable_tqdm=self.args.disable_tqdm,
+            buffer_bytes=self.args.logits_buffer_mb * 2**20,
         )
         weak_entropy = self.curriculum_sampler.weak_entropy
         if weak_entropy is None:  # the weak model is frozen: once is enough

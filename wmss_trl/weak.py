@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .lm_head import add_head_access, unwrap_adapter
-from .scoring import evaluating
+from .lm_head import add_head_access, evaluating, unwrap_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -27,10 +26,13 @@ class WeakReference:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The weak model. It is put into eval mode and its parameters stop requiring gradients.
+        head_problem (`str`, *optional*):
+            Why its logits cannot be computed from its LM head, see [`~wmss_trl.lm_head.add_head_access`].
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, head_problem: str | None = None):
         self.model = model.requires_grad_(False).eval()
+        self.head_problem = head_problem
         self.fingerprint = fingerprint(dict(model.named_parameters()))
 
     @contextmanager
@@ -52,6 +54,7 @@ class DisabledAdapter(WeakReference):
 
     def __init__(self, model: "PeftModel"):
         self.model = model
+        self.head_problem = None  # it is the strong model's own head
         self.fingerprint = fingerprint({n: p for n, p in model.named_parameters() if not p.requires_grad})
 
     @contextmanager
@@ -115,8 +118,8 @@ def make_weak_reference(
                 "`weak_model`, or load it separately."
             )
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
-    add_head_access(unwrap_adapter(weak_model))
-    return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True))
+    head_problem = add_head_access(unwrap_adapter(weak_model))
+    return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True), head_problem)
 
 
 def keeps_base_weights(peft_config: "PeftConfig") -> bool:
