@@ -133,6 +133,13 @@ def test_unknown_head_is_found_out_and_trained_on_full_logits(make_model, make_a
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_model_without_a_backbone_of_its_own_is_found_out(make_model):
+    model = make_model()
+    model.base_model_prefix = "nothing"
+    assert add_head_access(model) == "it has no base model that returns hidden states"
+    assert not model.has_head_access
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_known_heads_train_without_full_logits(make_model, make_args, tokenizer, dataset, recwarn, bf16):
     trainer = WMSSTrainer(

@@ -135,6 +135,8 @@ def add_head_access(model: nn.Module) -> str | None:
 
 def _head_problem(model: nn.Module) -> str | None:
     """Tries the head: an architecture that does to its logits what [`logit_transform`] does not know is found out."""
+    if getattr(model, "base_model", model) is model:
+        return "it has no base model that returns hidden states"
     lm_head = model.get_output_embeddings()
     if getattr(lm_head, "weight", None) is None or lm_head.weight.ndim != 2 or not hasattr(lm_head, "bias"):
         return f"its output embeddings ({type(lm_head).__name__}) are not a linear layer"
