@@ -450,6 +450,24 @@ def losses_of_default(make_trainer):
     return losses(trainer)
 
 
+def test_adapter_folder_is_a_weak_model_with_its_base(make_trainer, make_model, tmp_path, tokenizer):
+    from peft import LoraConfig, PeftModel
+
+    base = tmp_path / "base"
+    make_model().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    earlier = make_trainer(str(base), peft_config=LoraConfig(r=4), num_train_epochs=2)
+    earlier.train()
+    earlier.save_model(str(tmp_path / "adapter"))
+    expected = PeftModel.from_pretrained(make_model(), tmp_path / "adapter").eval()
+    trainer = make_trainer(str(base), weak_model=str(tmp_path / "adapter"), num_train_epochs=2)
+    trainer.train()
+    inputs = torch.tensor([[5, 6, 7, 8]])
+    with trainer.weak_reference.activated() as weak:
+        torch.testing.assert_close(weak(inputs).logits, expected(inputs).logits)
+        assert not torch.allclose(weak(inputs).logits, make_model().eval()(inputs).logits)
+
+
 def test_new_lora_adapter_uses_its_base_as_weak_model(make_trainer, make_model, dataset):
     from peft import LoraConfig
 

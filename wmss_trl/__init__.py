@@ -3,7 +3,7 @@
 from ._version import __version__
 from .config import WMSSConfig
 from .curriculum import CurriculumSampler, draw_active_set, sampling_weights
-from .losses import mixed_cross_entropy
+from .losses import linear_mixed_cross_entropy, mixed_cross_entropy
 from .scoring import score_entropy
 from .trainer import WMSSTrainer
 
@@ -13,6 +13,7 @@ __all__ = [
     "WMSSTrainer",
     "__version__",
     "draw_active_set",
+    "linear_mixed_cross_entropy",
     "mixed_cross_entropy",
     "sampling_weights",
     "score_entropy",
