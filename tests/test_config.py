@@ -49,7 +49,8 @@ def test_bad_options_are_refused_with_option_value_and_remedy(make_args, options
     ],
 )
 def test_combinations_that_work_are_accepted(make_args, options):
-    make_args(**options)
+    args = make_args(**options)
+    assert {option: getattr(args, option) for option in options} == options
 
 
 def test_a_run_without_a_weak_driven_epoch_warns(make_args, recwarn):

@@ -665,8 +665,9 @@ def test_weak_model_must_have_the_same_tokenizer(make_trainer, make_model, token
     make_model().save_pretrained(tmp_path / "weak")
     other.save_pretrained(tmp_path / "weak")
     assert AutoTokenizer.from_pretrained(tmp_path / "weak").get_vocab() == other.get_vocab() != tokenizer.get_vocab()
-    with pytest.raises(ValueError, match=r"another tokenizer: \d+ token ids mean something else"):
-        make_trainer(weak_model=str(tmp_path / "weak"))
+    for weak_model in (str(tmp_path / "weak"), AutoModelForCausalLM.from_pretrained(tmp_path / "weak")):
+        with pytest.raises(ValueError, match=r"another tokenizer: \d+ token ids mean something else"):
+            make_trainer(weak_model=weak_model)
 
 
 def test_streaming_data_is_refused_with_the_curriculum(make_trainer, dataset):

@@ -4,12 +4,14 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
 
 from .lm_head import add_head_access, evaluating, unwrap_adapter
 
@@ -106,17 +108,19 @@ def make_weak_reference(
             return DisabledAdapter(strong)
         weak_model = frozen_copy(strong)
     else:
-        weak_tokenizer = None
         if isinstance(weak_model, str):
             init_kwargs = {"trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
             hub_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
             weak_tokenizer = load_tokenizer(weak_model, **hub_kwargs)
             weak_model = load_weak_model(weak_model, strong, **init_kwargs)
-        elif {id(p) for p in weak_model.parameters()} & {id(p) for p in strong.parameters()}:
-            raise ValueError(
-                "`weak_model` shares parameters with `model`, so it would change while that is trained. Omit "
-                "`weak_model`, or load it separately."
-            )
+        else:
+            if {id(p) for p in weak_model.parameters()} & {id(p) for p in strong.parameters()}:
+                raise ValueError(
+                    "`weak_model` shares parameters with `model`, so it would change while that is trained. Omit "
+                    "`weak_model`, or load it separately."
+                )
+            folder = get_config_model_id(weak_model.config)
+            weak_tokenizer = load_tokenizer(folder) if folder and Path(folder).is_dir() else None
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
     head_problem = add_head_access(unwrap_adapter(weak_model))
     return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True), head_problem)
