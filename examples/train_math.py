@@ -216,8 +216,12 @@ def main() -> None:
         arguments = ["--config", str(EMBEDDED_DEFAULT), *arguments]
     script, args, model_args = TrlParser((ScriptArguments, WMSSConfig, ModelConfig)).parse_args_and_config(arguments)
     if model_args.model_name_or_path is None:
+        if args.push_to_hub:
+            raise ValueError("`push_to_hub=True` needs a model of your own: set `model_name_or_path`.")
         compare_small_models(script, args)
     else:
+        if script.seeds != 1:
+            raise ValueError(f"`seeds={script.seeds}` repeats a comparison of small models. Use `seed` with a model.")
         train_model(script, args, model_args)
 
 

@@ -91,6 +91,13 @@ def test_local_data_and_a_local_model(tmp_path, make_model, tokenizer, form):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_two_sources_of_data_are_refused(tmp_path):
-    error = run("--dataset_name", "a", "--dataset_path", "b", "--output_dir", tmp_path, expect_error=True)
-    assert "Both `dataset_name='a'` and `dataset_path='b'` are set" in error
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "a", "--dataset_path", "b"], "Both `dataset_name='a'` and `dataset_path='b'` are set"),
+        (["--push_to_hub", "true"], "`push_to_hub=True` needs a model of your own"),
+        (["--model_name_or_path", "m", "--dataset_path", "d", "--seeds", 2, "--use_cpu", "true"], "`seeds=2` repeats"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tmp_path, arguments, message):
+    assert message in run(*arguments, "--output_dir", tmp_path, expect_error=True)
