@@ -1,5 +1,4 @@
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -120,11 +119,9 @@ def test_examples_of_weight_zero_come_last():
     assert len(set(drawn.tolist())) == 3
 
 
-def test_a_million_draws_take_seconds():
-    start = time.process_time()
+def test_a_million_draws_are_distinct():
     drawn = draw_active_set(np.random.default_rng(0).random(1_000_000), 630_000, seed=0)
     assert len(np.unique(drawn)) == 630_000
-    assert time.process_time() - start < 10  # a loop in Python would need minutes
 
 
 class Loader:

@@ -331,6 +331,20 @@ def test_fused_loss_multiplies_in_the_autocast_dtype():
     assert {grad.dtype for grad in grads} == {torch.float32}
 
 
+def test_fused_float16_gradients_do_not_underflow_in_a_large_batch():
+    """The mean over many items is taken in the backward, after a loss scaler has had its say."""
+    tensors, targets = random_heads(num_tokens=64, vocab_size=200, bias=False)
+    scale, num_items = 2.0**16, 2**20
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, num_items=num_items).loss
+    grads = torch.autograd.grad(scale * loss, list(tensors.values()))
+    exact = full_logit_head_loss(tensors, targets, 0.5) * (targets != -100).sum() / num_items
+    for name, grad, other in zip(
+        tensors, grads, torch.autograd.grad(scale * exact, list(tensors.values())), strict=True
+    ):
+        assert (grad - other).norm() <= 5e-3 * other.norm(), name
+
+
 def test_fused_extreme_logits_stay_finite():
     tensors, targets = random_heads(scale=50.0)
     output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, anchor_weight=0.5)

@@ -128,7 +128,6 @@ def _gradient_kernel(
     targets_ptr,
     strong_log_z_ptr,
     mixed_log_z_ptr,
-    num_items_ptr,
     vocab_size,
     mixing_lambda,
     anchor_weight,
@@ -153,13 +152,11 @@ def _gradient_kernel(
     z_weak = _transform(z_weak, weak_scale, weak_softcap, WEAK_HAS_SOFTCAP)
     z_mix = z_weak + mixing_lambda * (z_strong - z_weak)
     one_hot = (offsets == tl.load(targets_ptr + row)).to(tl.float32)
-    per_item = 1 / tl.load(num_items_ptr)
-
-    g_mix = (1 - anchor_weight) * per_item * (tl.exp(z_mix - tl.load(mixed_log_z_ptr + row)) - one_hot)
+    g_mix = (1 - anchor_weight) * (tl.exp(z_mix - tl.load(mixed_log_z_ptr + row)) - one_hot)
     g_strong = mixing_lambda * g_mix
     if HAS_ANCHOR:
         p_strong = tl.exp(z_strong - tl.load(strong_log_z_ptr + row))
-        g_strong += anchor_weight * per_item * (p_strong - one_hot)
+        g_strong += anchor_weight * (p_strong - one_hot)
     if STRONG_HAS_SOFTCAP:
         g_strong *= 1 - (z_strong / strong_softcap) * (z_strong / strong_softcap)
     tl.store(strong_ptrs, (g_strong * strong_scale).to(strong_ptr.dtype.element_ty), mask=mask)
@@ -174,21 +171,18 @@ def mix_tile(
     z_strong: Tensor,
     z_weak: Tensor,
     targets: Tensor,
-    num_items: Tensor,
     options: FusedOptions,
     needs_strong: bool,
     needs_weak: bool,
 ) -> tuple[Tensor | None, ...]:
     """
-    Statistics of a tile and the gradients of the loss with respect to the products `h W^T + b` in it.
+    Statistics of a tile and the gradients of the summed loss with respect to the products `h W^T + b` in it.
 
     Args:
         z_strong, z_weak (`torch.Tensor` of shape `(n, V)`):
             Products of one tile. Overwritten by their gradients where these are needed.
         targets (`torch.Tensor` of shape `(n,)`):
             Target token ids.
-        num_items (`torch.Tensor` of shape `()`):
-            What the loss is divided by.
         options ([`~wmss_trl.losses.FusedOptions`]):
             Options of the loss.
         needs_strong, needs_weak (`bool`):
@@ -238,7 +232,6 @@ def mix_tile(
             targets,
             strong_log_z,
             mixed_log_z,
-            num_items,
             vocab_size,
             options.mixing_lambda,
             options.anchor_weight,

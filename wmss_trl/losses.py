@@ -254,9 +254,11 @@ def linear_mixed_cross_entropy(
         weak_weight,
         weak_bias,
         targets,
-        num_items.clamp(min=1).to(_compute_dtype(strong_hidden)),
         options,
     )
+    # Divided here, not in the tiles: in float16 the gradients of a large batch would underflow before a loss scaler's
+    # factor reaches them
+    loss = loss / num_items.clamp(min=1)
     return MixedLossOutput(loss, *statistics[:5], is_top1, mask, *statistics[5:])
 
 
@@ -294,7 +296,7 @@ class _LinearMixedCrossEntropy(torch.autograd.Function):
         # Scaled in place and handed over: a copy of the weight's gradient would be the size of the head
         grads = [None if grad is None else grad.mul_(loss_grad) for grad in ctx.grads]
         ctx.grads = None
-        return *grads, None, None, None
+        return *grads, None, None
 
 
 @torch.no_grad()
@@ -306,11 +308,10 @@ def _linear_mixed_cross_entropy(
     weak_weight: Tensor,
     weak_bias: Tensor | None,
     targets: Tensor,
-    num_items: Tensor,
     options: FusedOptions,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None]]:
-    """Loss, statistics and, for whatever needs one, the gradient at an upstream gradient of 1."""
+    """Summed loss, statistics and, for whatever needs one, the gradient at an upstream gradient of 1."""
     inputs = (strong_hidden, strong_weight, strong_bias, weak_hidden, weak_weight, weak_bias)
     grads = [
         # Several tiles add up in a weight's gradient: in float32, or the rounding of each would accumulate
@@ -343,7 +344,7 @@ def _linear_mixed_cross_entropy(
             project(z_strong, h_strong, strong_weight, strong_bias)
             project(z_weak, h_weak, weak_weight, weak_bias)
             *tile_statistics, top1, g_strong, g_weak = mix_tile(
-                z_strong, z_weak, *scratch, targets[rows], num_items, options, needs_strong, needs_weak
+                z_strong, z_weak, *scratch, targets[rows], options, needs_strong, needs_weak
             )
             is_top1[rows] = top1
             for statistic, values in zip(statistics, tile_statistics, strict=True):
@@ -355,7 +356,7 @@ def _linear_mixed_cross_entropy(
 
     strong_log_probs, mixed_log_probs, *_ = statistics
     anchor = options.anchor_weight
-    loss = -(anchor * strong_log_probs + (1 - anchor) * mixed_log_probs).sum() / num_items
+    loss = -(anchor * strong_log_probs + (1 - anchor) * mixed_log_probs).sum()
     grads = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
     return loss, (*statistics, is_top1), grads
 
@@ -365,13 +366,12 @@ def _mix_tile(
     z_mix: Tensor,
     p: Tensor,
     targets: Tensor,
-    num_items: Tensor,
     options: FusedOptions,
     needs_strong: bool,
     needs_weak: bool,
 ) -> tuple[Tensor | None, ...]:
     """
-    Statistics of a tile and the gradients of the loss with respect to the products `h W^T + b` in it.
+    Statistics of a tile and the gradients of the summed loss with respect to the products `h W^T + b` in it.
 
     `z_strong` and `z_mix` come in holding the strong and the weak products; they and `p` are overwritten.
     """
@@ -393,7 +393,7 @@ def _mix_tile(
         return *statistics, None, None
 
     minus_one = -torch.ones_like(y, dtype=p.dtype)
-    g_mix = p.scatter_add_(-1, y, minus_one).mul_((1 - anchor) / num_items)  # (1 - a) (P_mix - e_y)
+    g_mix = p.scatter_add_(-1, y, minus_one).mul_(1 - anchor)  # (1 - a) (P_mix - e_y)
     g_weak = None
     if needs_weak:
         g_weak = (1 - lam) * g_mix
@@ -404,7 +404,7 @@ def _mix_tile(
     g_strong = g_mix.mul_(lam)
     if anchor:
         p_strong = torch.softmax(z_strong, -1, out=z_mix)
-        g_strong.add_(p_strong.scatter_add_(-1, y, minus_one).mul_(anchor / num_items))
+        g_strong.add_(p_strong.scatter_add_(-1, y, minus_one).mul_(anchor))
     if options.softcaps[0] is not None:
         g_strong.mul_(z_strong.div_(options.softcaps[0]).square_().neg_().add_(1))
     return *statistics, g_strong.mul_(options.scales[0]), g_weak

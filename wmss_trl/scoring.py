@@ -1,9 +1,10 @@
 """Per-example predictive entropy of a model over a data set (phase 2 of arXiv 2602.08222)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -13,6 +14,12 @@ from tqdm.auto import tqdm
 from .curriculum import check_finite
 from .lm_head import LMHead, evaluating, unwrap_adapter
 from .losses import linear_entropy, next_token_targets, token_entropy
+
+
+def _list_arrays(dataset: Dataset, column: str) -> Iterator[pa.ListArray]:
+    """The lists of a column as Arrow arrays, since Python lists of every token take minutes on a large data set."""
+    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000):
+        yield table[column].combine_chunks()
 
 
 def supervised_token_counts(dataset: Dataset) -> np.ndarray:
@@ -28,8 +35,7 @@ def supervised_token_counts(dataset: Dataset) -> np.ndarray:
     """
     column = "labels" if "labels" in dataset.column_names else "input_ids"
     counts = [np.zeros(0, dtype=np.int64)]
-    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        labels = table[column].combine_chunks()
+    for labels in _list_arrays(dataset, column):
         lengths = labels.value_lengths().to_numpy()
         supervised = labels.flatten().to_numpy() != -100
         ends = lengths.cumsum()
@@ -81,8 +87,7 @@ def score_entropy(
     Raises:
         ValueError: If an entropy is NaN or infinite (with the example indices), or an example has no supervised token.
     """
-    input_ids = dataset.select_columns("input_ids").with_format(None)
-    lengths = np.array([len(ids) for batch in input_ids.iter(batch_size=1000) for ids in batch["input_ids"]])
+    lengths = np.concatenate([ids.value_lengths().to_numpy() for ids in _list_arrays(dataset, "input_ids")])
     # Examples of similar length share a batch, so little is padded; the longest come first, so a lack of memory shows
     # at once
     order = np.argsort(-lengths, kind="stable")
