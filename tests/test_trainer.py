@@ -382,6 +382,17 @@ def test_resume_with_another_curriculum_is_refused(make_trainer, tmp_path):
     make_trainer(consolidation_weight=0.5).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
 
 
+@pytest.mark.parametrize("curriculum", [False, True])
+def test_resuming_with_the_checkpoint_as_m0_is_noticed(make_trainer, tmp_path, curriculum):
+    options = {"curriculum": curriculum, "num_train_epochs": 2}
+    make_trainer(save_strategy="steps", save_steps=4, **options).train()
+    early, late = (str(tmp_path / "run" / f"checkpoint-{step}") for step in (4, 12))
+    with pytest.warns(UserWarning, match=r"not the one of the run that saved .*checkpoint-4"):
+        make_trainer(build_like(early), **options).train(resume_from_checkpoint=early)
+    with pytest.raises(ValueError, match=r"[Ww]eak.model"):
+        make_trainer(build_like(late), **options).train(resume_from_checkpoint=late)
+
+
 def build_like(checkpoint):
     return AutoModelForCausalLM.from_pretrained(checkpoint)
 

@@ -1,3 +1,4 @@
+import json
 import warnings
 import zlib
 from collections.abc import Callable
@@ -81,6 +82,7 @@ class WMSSTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "wmss"]  # noqa: RUF012
     _name = "WMSS"
+    _STATE_FILE = "wmss_state.json"
     _paper = {  # noqa: RUF012
         "title": "Weak-Driven Learning: How Weak Agents make Strong Agents Stronger",
         "id": "2602.08222",
@@ -412,7 +414,22 @@ class WMSSTrainer(SFTTrainer):
                 self.curriculum_sampler.load(resume_from_checkpoint)
                 epoch, steps = self._plan.locate(self.state.global_step)
                 batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+        if self.weak_reference is not None and resume_from_checkpoint is not None:
+            self._check_same_weak_model(Path(resume_from_checkpoint))
         return epoch, batches
+
+    def _check_same_weak_model(self, checkpoint: Path) -> None:
+        """A run that is resumed from the model in the checkpoint would take that for M0."""
+        state = checkpoint / self._STATE_FILE
+        if not state.exists() or json.loads(state.read_text())["weak_model"] == self.weak_reference.fingerprint:
+            return
+        message = (
+            f"The weak model is not the one of the run that saved {checkpoint}. Pass the same `weak_model`; if there "
+            "was none, pass as `model` what the run started from (M0), not the checkpoint."
+        )
+        if self.state.global_step > self._plan.total_steps(self.args.sft_epochs):
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)  # no step has used a weak model yet
 
     def _run_epoch(self, *, epoch: int, steps_in_epoch: int, num_update_steps_per_epoch: int, **kwargs: Any) -> None:
         self._weak_driven = epoch >= self.args.sft_epochs
@@ -426,11 +443,13 @@ class WMSSTrainer(SFTTrainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.curriculum_sampler is not None and self.args.should_save and not self.args.save_only_model:
+        if self.weak_reference is not None and self.args.should_save and not self.args.save_only_model:
             # Before the rest, so that a checkpoint with a trainer state always has its draw
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            self.curriculum_sampler.save(folder)
+            (folder / self._STATE_FILE).write_text(json.dumps({"weak_model": self.weak_reference.fingerprint}))
+            if self.curriculum_sampler is not None:
+                self.curriculum_sampler.save(folder)
         super()._save_checkpoint(model, trial)
 
     def create_model_card(

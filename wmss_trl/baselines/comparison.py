@@ -1,5 +1,6 @@
 """WMSS beside its rivals: from the same M1, with the same optimizer state and the same number of steps."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,10 @@ def compare_with_rivals(
             **kwargs,
         )
         PartialState().print(f"Training {name}", flush=True)
-        trainer.train(resume_from_checkpoint=resume)
+        with warnings.catch_warnings():
+            # The control without a weak model changes it on purpose, before any step has used one
+            warnings.filterwarnings("ignore", message="The weak model is not the one")
+            trainer.train(resume_from_checkpoint=resume)
         result = measure(name, trainer.model, trainer)
         result.loss = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         result.accuracy = [*curve.points, (trainer.state.global_step, float(result.correct.mean()))]
