@@ -396,6 +396,29 @@ def test_fused_loss_holds_no_more_logits_than_its_buffer():
     assert torch.float64 not in allocations.dtypes
 
 
+def test_fused_loss_needs_not_look_for_targets_that_are_all_valid():
+    tensors, targets = random_heads(num_tokens=21)
+    valid = targets != -100
+    expected = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.4, anchor_weight=0.2)
+    expected_grads = torch.autograd.grad(expected.loss, list(tensors.values()))
+    rows = {key: value[valid] if "hidden" in key else value for key, value in tensors.items()}
+    output = linear_mixed_cross_entropy(
+        **rows,
+        targets=targets[valid],
+        mixing_lambda=0.4,
+        anchor_weight=0.2,
+        ignore_index=None,
+        buffer_bytes=3 * 37 * 4 * 4,
+    )
+    torch.testing.assert_close(output.loss, expected.loss)
+    for grad, expected_grad in zip(
+        torch.autograd.grad(output.loss, list(tensors.values())), expected_grads, strict=True
+    ):
+        torch.testing.assert_close(grad, expected_grad)
+    torch.testing.assert_close(output.weak_entropy, expected.weak_entropy[valid])
+    assert output.mask.all()
+
+
 @pytest.mark.parametrize("tile_rows", [1, 4, 100])
 def test_linear_entropy_equals_that_of_the_full_logits(tile_rows):
     tensors, _ = random_heads()

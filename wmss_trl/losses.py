@@ -189,7 +189,7 @@ def linear_mixed_cross_entropy(
     strong_bias: Tensor | None = None,
     weak_bias: Tensor | None = None,
     num_items: Tensor | int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     anchor_weight: float = 0.0,
     *,
     strong_scale: float = 1.0,
@@ -212,7 +212,8 @@ def linear_mixed_cross_entropy(
         strong_weight (`torch.Tensor` of shape `(V, H_s)`), weak_weight (`torch.Tensor` of shape `(V, H_w)`):
             Weights of the LM heads.
         targets (`torch.Tensor` of shape `(N,)`):
-            Target token ids; positions equal to `ignore_index` do not count.
+            Target token ids; positions equal to `ignore_index` do not count. `ignore_index=None` promises that all
+            count, which spares a GPU a synchronisation.
         mixing_lambda (`float`):
             Weight of the strong logits in the mix.
         strong_bias, weak_bias (`torch.Tensor` of shape `(V,)`, *optional*):
@@ -244,7 +245,7 @@ def linear_mixed_cross_entropy(
         grad_enabled=torch.is_grad_enabled(),
         logit_statistics=logit_statistics,
     )
-    mask = targets != ignore_index
+    mask = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     num_items = mask.sum() if num_items is None else torch.as_tensor(num_items, device=strong_hidden.device)
     loss, *statistics, is_top1 = _LinearMixedCrossEntropy.apply(
         strong_hidden,
@@ -268,7 +269,7 @@ class FusedOptions:
 
     mixing_lambda: float
     anchor_weight: float
-    ignore_index: int
+    ignore_index: int | None
     scales: tuple[float, float]
     softcaps: tuple[float | None, float | None]
     buffer_bytes: int
@@ -332,15 +333,15 @@ def _linear_mixed_cross_entropy(
         from .kernels import mix_tile
 
         num_tiles, tile_dtype = 2, dtype
-    valid_rows = (targets != options.ignore_index).nonzero().squeeze(-1)
     tile_rows = max(1, options.buffer_bytes // (num_tiles * vocab_size * tile_dtype.itemsize))
-    buffers = torch.empty(num_tiles, min(tile_rows, len(valid_rows)), vocab_size, dtype=tile_dtype, device=device)
+    tiles = _tiles(targets, options.ignore_index, tile_rows)
+    buffers = torch.empty(num_tiles, min(tile_rows, len(targets)), vocab_size, dtype=tile_dtype, device=device)
 
     with torch.autocast(device.type, enabled=False):
         strong_weight, weak_weight = strong_weight.to(dtype), weak_weight.to(dtype)
-        for rows in valid_rows.split(tile_rows) if len(valid_rows) else ():
+        for rows in tiles:
             h_strong, h_weak = strong_hidden[rows].to(dtype), weak_hidden[rows].to(dtype)
-            z_strong, z_weak, *scratch = (buffer[: len(rows)] for buffer in buffers)
+            z_strong, z_weak, *scratch = (buffer[: len(h_strong)] for buffer in buffers)
             project(z_strong, h_strong, strong_weight, strong_bias)
             project(z_weak, h_weak, weak_weight, weak_bias)
             *tile_statistics, top1, g_strong, g_weak = mix_tile(
@@ -437,7 +438,7 @@ def _softmax_statistics(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[T
 
 
 def _accumulate(
-    grads: Sequence[Tensor | None], rows: Tensor, logits_grad: Tensor, hidden: Tensor, weight: Tensor
+    grads: Sequence[Tensor | None], rows: Tensor | slice, logits_grad: Tensor, hidden: Tensor, weight: Tensor
 ) -> None:
     """Add a tile's part to the gradients of hidden states, weight and bias."""
     hidden_grad, weight_grad, bias_grad = grads
@@ -454,6 +455,14 @@ def _accumulate(
         torch.addmm(weight_grad, logits_grad.t(), hidden, out_dtype=weight_grad.dtype, out=weight_grad)
     else:
         weight_grad += logits_grad.t() @ hidden
+
+
+def _tiles(targets: Tensor, ignore_index: int | None, tile_rows: int) -> Iterator[Tensor | slice]:
+    """The rows that count, a tile at a time."""
+    if ignore_index is None:
+        return (slice(start, start + tile_rows) for start in range(0, len(targets), tile_rows))
+    valid_rows = (targets != ignore_index).nonzero().squeeze(-1)
+    return iter(valid_rows.split(tile_rows) if len(valid_rows) else ())
 
 
 def _use_triton(device: torch.device, dtype: torch.dtype) -> bool:

@@ -316,6 +316,7 @@ class WMSSTrainer(SFTTrainer):
                 head.bias,
                 weak_head.bias,
                 num_items=num_items,
+                ignore_index=None,
                 anchor_weight=self.args.anchor_weight,
                 strong_scale=head.scale,
                 weak_scale=weak_head.scale,
