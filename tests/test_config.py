@@ -30,8 +30,15 @@ from wmss_trl import WMSSConfig
         ({"scoring_batch_size": 0}, r"`scoring_batch_size` must be >= 1, got 0"),
         ({"loss_type": "dft"}, r"`loss_type='dft'` cannot be combined"),
         ({"label_smoothing_factor": 0.1}, r"`label_smoothing_factor=0.1` cannot be combined"),
-        ({"packing": True}, r"`packing=True` cannot be combined with `curriculum=True`"),
-        ({"train_sampling_strategy": "group_by_length"}, r"`train_sampling_strategy='group_by_length'` cannot"),
+        ({"scoring_tokens_per_batch": 0}, r"`scoring_tokens_per_batch` must be >= 1, got 0"),
+        ({"scoring_batch_size": 4, "scoring_tokens_per_batch": 99}, r"Both `scoring_batch_size=4` and .*=99` are set"),
+        ({"rescore_epochs": 0}, r"`rescore_epochs` must be a whole number >= 1, got 0"),
+        ({"rescore_epochs": 1.5}, r"`rescore_epochs` must be a whole number >= 1, got 1.5"),
+        ({"score_file": "s.parquet"}, r"`score_file='s.parquet'` .* `sft_epochs=1` .* Set `sft_epochs=0`"),
+        ({"score_file": "s.parquet", "curriculum": False, "sft_epochs": 0}, r"`score_file=.*`curriculum=False`"),
+        ({"packing": True, "packing_strategy": "wrapped"}, r"`packing_strategy='wrapped'` cannot .* Use 'bfd'"),
+        ({"packing": True, "curriculum_replacement": True}, r"`curriculum_replacement=True` cannot .*`packing=True`"),
+        ({"train_sampling_strategy": "batch_rebalance"}, r"`train_sampling_strategy='batch_rebalance'` cannot"),
     ],
 )
 def test_bad_options_are_refused_with_option_value_and_remedy(make_args, options, message):
@@ -43,8 +50,10 @@ def test_bad_options_are_refused_with_option_value_and_remedy(make_args, options
     "options",
     [
         {"loss_type": "dft", "mixing_lambda": 1.0},
-        {"packing": True, "curriculum": False},
-        {"train_sampling_strategy": "group_by_length", "curriculum": False},
+        {"packing": True, "packing_strategy": "wrapped", "curriculum": False},
+        {"packing": True},
+        {"train_sampling_strategy": "batch_rebalance", "curriculum": False},
+        {"train_sampling_strategy": "group_by_length"},
         {"anchor_weight": 0.0, "active_fraction": 1.0, "sft_epochs": 0},
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
-from wmss_trl.curriculum import CurriculumSampler, draw_active_set, sampling_weights
+from wmss_trl.curriculum import CurriculumSampler, draw_active_set, sampling_weights, weight_terms
 
 
 def positive_part(x):
@@ -124,11 +124,6 @@ def test_a_million_draws_are_distinct():
     assert len(np.unique(drawn)) == 630_000
 
 
-class Loader:
-    def set_sampler(self, sampler):
-        self.sampler = sampler
-
-
 class State:
     def __init__(self, epoch):
         self.epoch = epoch
@@ -152,19 +147,68 @@ def test_sampler_is_both_a_sampler_and_a_callback():
     assert isinstance(sampler, TrainerCallback)
 
 
+def run_epochs(sampler, count, first=0):
+    sampler.on_train_begin(None, State(first), None)
+    epochs = []
+    for _ in range(count):
+        sampler.on_epoch_begin(None, None, None)
+        epochs.append(None if sampler.indices is None else list(sampler))
+    return epochs
+
+
 def test_sampler_leaves_phase_1_alone_and_redraws_each_later_epoch():
     sampler, rounds = make_sampler()
-    loader = Loader()
-    sampler.on_train_begin(None, State(0), None)
-    sampler.on_epoch_begin(None, State(0), None, train_dataloader=loader)
-    assert not hasattr(loader, "sampler")
-    epochs = []
-    for _ in range(2):
-        sampler.on_epoch_begin(None, None, None, train_dataloader=loader)
-        epochs.append(list(loader.sampler))
-        assert len(loader.sampler) == len(epochs[-1]) == len(set(epochs[-1])) == 5
-    assert epochs[0] != epochs[1]
+    phase_1, second, third = run_epochs(sampler, 3)
+    assert phase_1 is None
+    for epoch in (second, third):
+        assert len(sampler) == len(epoch) == len(set(epoch)) == 5
+    assert second != third
     assert rounds == [0, 1]
+
+
+def test_epochs_without_rescoring_draw_anew_from_the_last_scores():
+    sampler, rounds = make_sampler(rescore_epochs=2)
+    _, second, third, fourth = run_epochs(sampler, 4)
+    assert rounds == [0, 1]  # in the first and the third weak-driven epoch
+    assert len({tuple(epoch) for epoch in (second, third, fourth)}) == 3
+    once, _ = make_sampler()
+    once.redraw(1)
+    assert list(once) == second
+    expected = draw_active_set(once.weights, 5, seed=(3, 1))
+    assert sorted(third) == sorted(expected)
+
+
+def test_length_groups_hold_examples_of_similar_length():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 1000, size=400)
+    options = {"active_fraction": 0.5, "lengths": lengths, "group_size": 8}
+    sampler = CurriculumSampler(400, lambda: (rng.random(400), rng.random(400)), **options)
+    sampler.redraw(0)
+    order = list(sampler)
+    assert len(set(order)) == 200
+
+    def mean_spread(order):
+        return np.mean([np.ptp(lengths[order[start : start + 8]]) for start in range(0, 200, 8)])
+
+    assert mean_spread(order) < 0.3 * mean_spread(rng.permutation(order))
+    assert order != sorted(order)
+
+
+def test_terms_add_up_to_the_weights_and_shares_to_one():
+    sampler, _ = make_sampler()
+    sampler.redraw(1)
+    weak, strong = sampler.weak_entropy, sampler.strong_entropy
+    terms = weight_terms(weak, strong)
+    np.testing.assert_allclose(sum(terms.values()) / sum(terms.values()).sum(), sampler.weights, rtol=1e-12)
+    metrics = sampler.metrics()
+    fall = 0.8 * np.maximum(weak - strong, 0) / np.maximum(weak - strong, 0).sum()
+    assert metrics["curriculum/consolidation_share"] == pytest.approx(0.8)
+    active = sorted(sampler)
+    total = sum(term[active].sum() for term in terms.values())
+    assert metrics["curriculum/active_consolidation_share"] == pytest.approx(fall[active].sum() / total)
+    for prefix in ("", "active_"):
+        shares = [metrics[f"curriculum/{prefix}{term}_share"] for term in ("difficulty", "consolidation", "repair")]
+        assert sum(shares) == pytest.approx(1)
 
 
 def test_sequential_order_is_data_set_order():
@@ -180,19 +224,20 @@ def test_saved_draw_is_taken_up_without_scoring(tmp_path):
     resumed, rounds = make_sampler()
     resumed.load(tmp_path)
     resumed.on_train_begin(None, State(1.4), None)
-    resumed.on_epoch_begin(None, None, None, train_dataloader=Loader())
+    resumed.on_epoch_begin(None, None, None)
     assert rounds == []
     assert list(resumed) == list(sampler)
     np.testing.assert_array_equal(resumed.weak_entropy, sampler.weak_entropy)
     assert [path.name for path in tmp_path.iterdir()] == ["curriculum.npz"]
 
 
-def test_draw_of_other_settings_is_refused(tmp_path):
+def test_scores_before_the_first_draw_are_saved(tmp_path):
     sampler, _ = make_sampler()
-    sampler.redraw(1)
     sampler.save(tmp_path)
-    other, _ = make_sampler(repair_weight=0.3, identity={"weak_model": "b"})
-    with pytest.raises(
-        ValueError, match=r"`repair_weight`: 0.1 in the checkpoint, 0.3 now; `weak_model`: None .* 'b'"
-    ):
-        other.load(tmp_path)
+    assert not list(tmp_path.iterdir())
+    sampler.weak_entropy = np.arange(10.0)
+    sampler.save(tmp_path)
+    resumed, _ = make_sampler()
+    resumed.load(tmp_path)
+    np.testing.assert_array_equal(resumed.weak_entropy, sampler.weak_entropy)
+    assert resumed.drawn_epoch is resumed.indices is None

@@ -116,14 +116,53 @@ def test_lambda_1_without_curriculum_is_sft_and_has_no_weak_model(make_trainer, 
     assert_same_weights(trainer.model, sft.model)
 
 
-def test_lambda_1_with_curriculum_never_trains_against_the_weak_model(make_trainer):
+@pytest.mark.parametrize("own_weak_model", [False, True])
+def test_lambda_1_with_curriculum_never_trains_against_the_weak_model(make_trainer, make_model, own_weak_model):
     """The paper's "selection only" ablation: the weak model is scored, its logits never enter a step."""
-    trainer = make_trainer(mixing_lambda=1.0)
-    forwards = []
-    trainer.weak_reference.model.register_forward_hook(lambda *_: forwards.append(trainer.state.global_step))
+    trainer = make_trainer(mixing_lambda=1.0, weak_model=make_model(seed=5) if own_weak_model else None)
+    if own_weak_model:
+        forwards = []
+        trainer.weak_reference.model.register_forward_hook(lambda *_: forwards.append(trainer.state.global_step))
+    else:  # M0's entropies are the strong model's before its first step: no second model is in memory
+        assert not hasattr(trainer.weak_reference, "model")
     trainer.train()
-    assert set(forwards) == {10}  # the scoring at the start of the first weak-driven epoch
+    if own_weak_model:
+        assert set(forwards) == {10}  # the scoring at the start of the first weak-driven epoch
+    else:
+        expected = make_trainer(output_dir=trainer.args.output_dir + "2")
+        expected.train()
+        sampler = expected.curriculum_sampler
+        np.testing.assert_array_equal(trainer.curriculum_sampler.weak_entropy, sampler.weak_entropy)
     assert "mixed_nll" not in trainer.state.log_history[-2]
+
+
+def test_entropies_of_m0_come_from_the_strong_model_before_its_first_step(make_trainer, make_model):
+    trainer = make_trainer(num_train_epochs=2)
+    forwards = []
+    trainer.weak_reference.model.register_forward_hook(lambda *_: forwards.append(trainer.model.training))
+    trainer.train()
+    assert forwards
+    assert all(forwards)  # only beside a training step
+    weak_entropy = trainer.curriculum_sampler.weak_entropy
+    # The frozen copy says the same
+    again = make_trainer(weak_model=make_model(), num_train_epochs=2, output_dir=trainer.args.output_dir + "2")
+    again.train()
+    np.testing.assert_allclose(again.curriculum_sampler.weak_entropy, weak_entropy, atol=1e-6)
+    assert losses(again) == pytest.approx(losses(trainer), rel=1e-6)
+
+
+def test_m0_that_has_changed_before_training_is_still_the_weak_model(make_trainer, make_model):
+    trainer = make_trainer(num_train_epochs=2)
+    trainer.model.load_state_dict(make_model(seed=9).state_dict())
+    trainer.train()
+    expected = make_trainer(num_train_epochs=2, output_dir=trainer.args.output_dir + "2")
+    expected.train()
+    weak_entropy = expected.curriculum_sampler.weak_entropy
+    np.testing.assert_allclose(trainer.curriculum_sampler.weak_entropy, weak_entropy, atol=1e-6)
+    trainer = make_trainer(num_train_epochs=2, mixing_lambda=1.0, output_dir=trainer.args.output_dir + "3")
+    trainer.model.load_state_dict(make_model(seed=9).state_dict())
+    with pytest.raises(ValueError, match=r"it has changed since the trainer was made. Pass a `weak_model`"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, TrainingArguments])
@@ -351,18 +390,21 @@ def test_each_weak_driven_epoch_visits_its_active_set_once(make_trainer):
     assert set(active_2) != set(active_3)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_run_stopped_after_any_step_and_resumed_ends_the_same(make_trainer, accumulation, tmp_path):
-    options = {
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "gradient_accumulation_steps": accumulation,
-        "output_dir": str(tmp_path / "whole"),
-    }
+@pytest.mark.parametrize(
+    ("changes", "total"),
+    [
+        ({}, 22),
+        ({"gradient_accumulation_steps": 2}, 11),
+        ({"train_sampling_strategy": "group_by_length", "rescore_epochs": 2}, 22),
+        ({"mixing_lambda": 1.0, "dataloader_drop_last": True}, 19),
+        ({"packing": True, "max_length": 40, "per_device_train_batch_size": 2}, 21),  # 18 rows, 11 active
+    ],
+)
+def test_a_run_stopped_after_any_step_and_resumed_ends_the_same(make_trainer, changes, total, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "whole"), **changes}
     whole = make_trainer(**options)
     whole.train()
-    total = whole.state.global_step
-    assert total == (22 if accumulation == 1 else 11)
+    assert whole.state.global_step == total
     for step in range(1, total):
         resumed = make_trainer(**options | {"output_dir": str(tmp_path / "resumed"), "save_strategy": "no"})
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
@@ -371,26 +413,43 @@ def test_a_run_stopped_after_any_step_and_resumed_ends_the_same(make_trainer, ac
         assert_same_weights(resumed.model, whole.model)
 
 
-def test_resume_with_another_curriculum_is_refused(make_trainer, tmp_path):
-    make_trainer(save_strategy="epoch").train()
-    checkpoint = str(tmp_path / "run" / "checkpoint-16")
-    with pytest.raises(ValueError, match=r"`consolidation_weight`: 0.8 in the checkpoint, 0.5 now"):
-        make_trainer(consolidation_weight=0.5).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="`weak_model`"):
-        make_trainer(model=build_like(checkpoint)).train(resume_from_checkpoint=checkpoint)
-    # No draw was made at the end of phase 1, so another curriculum may go on from there
-    make_trainer(consolidation_weight=0.5).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
+@pytest.mark.parametrize("step", [5, 10, 12])  # in phase 1, at its end and later
+def test_resume_with_other_data_or_options_is_refused_with_the_list(make_trainer, tmp_path, step):
+    make_trainer(save_strategy="steps", save_steps=1, max_steps=12).train()
+    checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
+    other_data = Dataset.from_list(sums(37, seed=1))
+    for options, message in (
+        ({"consolidation_weight": 0.5}, r"`consolidation_weight`: 0.8 in the checkpoint, 0.5 now"),
+        ({"active_fraction": 0.5, "rescore_epochs": 2}, r"`active_fraction`: 0.63 .*`rescore_epochs`: 1 in"),
+        ({"train_sampling_strategy": "sequential", "mixing_lambda": 0.4}, r"`mixing_lambda`: .*`train_sampling_str"),
+        ({"train_dataset": other_data}, r"`train_dataset`: '\w+' in the checkpoint, '\w+' now"),
+        ({"curriculum": False}, r"`curriculum`: True in the checkpoint, False now"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(**options).train(resume_from_checkpoint=checkpoint)
+
+
+def test_any_run_may_go_on_from_phase_1_once_the_state_of_the_other_is_deleted(make_trainer, tmp_path):
+    options = {"save_strategy": "epoch"}
+    make_trainer(**options).train()
+    checkpoint = tmp_path / "run" / "checkpoint-10"
+    for name in ("wmss_state.json", "curriculum.npz"):
+        (checkpoint / name).unlink()
+    resumed = make_trainer(consolidation_weight=0.5, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    whole = make_trainer(consolidation_weight=0.5, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6)
 
 
 @pytest.mark.parametrize("curriculum", [False, True])
 def test_resuming_with_the_checkpoint_as_m0_is_noticed(make_trainer, tmp_path, curriculum):
     options = {"curriculum": curriculum, "num_train_epochs": 2}
     make_trainer(save_strategy="steps", save_steps=4, **options).train()
-    early, late = (str(tmp_path / "run" / f"checkpoint-{step}") for step in (4, 12))
-    with pytest.warns(UserWarning, match=r"not the one of the run that saved .*checkpoint-4"):
-        make_trainer(build_like(early), **options).train(resume_from_checkpoint=early)
-    with pytest.raises(ValueError, match=r"[Ww]eak.model"):
-        make_trainer(build_like(late), **options).train(resume_from_checkpoint=late)
+    for step in (4, 12):
+        checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
+        with pytest.raises(ValueError, match=r"`weak_model`: .* pass as `model` what it started from \(M0\)"):
+            make_trainer(build_like(checkpoint), **options).train(resume_from_checkpoint=checkpoint)
 
 
 def build_like(checkpoint):
@@ -573,12 +632,11 @@ def test_bf16_autocast_covers_both_models(make_trainer, make_model):
     np.testing.assert_allclose(runs[1], runs[0], rtol=1e-2)
     assert runs[1] != runs[0]
     dtypes = set()
+    options = {"weak_model": make_model(seed=3), "sft_epochs": 0, "mixing_lambda": 1.0, "num_train_epochs": 1}
+    trainer = make_trainer(bf16=True, **options)
     layer = trainer.weak_reference.model.model.layers[0].mlp.down_proj
     layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-    trainer._score()  # its weak scores are there already, so only the strong model runs
-    assert not dtypes
-    trainer.curriculum_sampler.weak_entropy = None
-    trainer._score()
+    trainer.train()  # at lambda = 1 only the scoring runs the weak model
     assert dtypes == {torch.bfloat16}
 
 

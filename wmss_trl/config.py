@@ -77,8 +77,25 @@ class WMSSConfig(SFTConfig):
         curriculum_replacement (`bool`, *optional*, defaults to `False`):
             Whether the active set is drawn with replacement and keeps its repeats, as in the paper's code (which
             draws `n` examples: set `active_fraction=1.0`).
+        rescore_epochs (`int`, *optional*, defaults to `1`):
+            The data set is scored in every `rescore_epochs`-th weak-driven epoch; the epochs between draw a new active
+            set from the last scores.
+        scoring_tokens_per_batch (`int`, *optional*):
+            Number of tokens per device in a forward pass of the scoring, padding included. Defaults to what
+            `per_device_eval_batch_size` examples as long as the longest have, so that scoring needs no more memory
+            than evaluation.
         scoring_batch_size (`int`, *optional*):
-            Number of examples per device in a forward pass of the scoring. Defaults to `per_device_eval_batch_size`.
+            Number of examples per device in a forward pass of the scoring, in place of `scoring_tokens_per_batch`.
+        score_cache_dir (`str`, *optional*):
+            Folder in which scores are kept, so that an interrupted scoring pass goes on where it was and a model is
+            scored only once on the same data. Defaults to `_scores` in `output_dir`, which is not pushed to the Hub.
+        score_file (`str`, *optional*):
+            Parquet file of `wmss-trl score` or [`WMSSTrainer.score_table`]. Its entropies serve for the first draw
+            instead of a scoring pass, and its weak entropies for all draws. Needs `sft_epochs=0`: the strong entropies
+            are those of the model that the run starts with.
+        plot_curriculum (`bool`, *optional*, defaults to `True`):
+            Whether to draw a figure of each active set into the folder `curriculum` of `output_dir` and to send it to
+            TensorBoard, Weights & Biases or Trackio, if they are reported to. Needs matplotlib (the extra `plots`).
         logits_buffer_mb (`int`, *optional*, defaults to `256`):
             Memory in MiB for the tiles of logits from which the mixed loss is computed. The full logits of a batch are
             never held.
@@ -147,9 +164,32 @@ class WMSSConfig(SFTConfig):
         default=False,
         metadata={"help": "Whether the active set is drawn with replacement and keeps its repeats."},
     )
+    rescore_epochs: int = field(
+        default=1,
+        metadata={"help": "Score the data set in every so many weak-driven epochs."},
+    )
+    scoring_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per device in a scoring forward, padding included. Defaults to the length of the longest "
+            "example times per_device_eval_batch_size."
+        },
+    )
     scoring_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Examples per device in a scoring forward. Defaults to per_device_eval_batch_size."},
+        metadata={"help": "Examples per device in a scoring forward, in place of scoring_tokens_per_batch."},
+    )
+    score_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which scores are kept. Defaults to `_scores` in output_dir."},
+    )
+    score_file: str | None = field(
+        default=None,
+        metadata={"help": "Parquet file of `wmss-trl score`, whose entropies serve for the first draw."},
+    )
+    plot_curriculum: bool = field(
+        default=True,
+        metadata={"help": "Whether to draw a figure of each active set, if matplotlib is installed."},
     )
     logits_buffer_mb: int = field(
         default=256,
@@ -178,6 +218,21 @@ class WMSSConfig(SFTConfig):
     def uses_weak_model(self) -> bool:
         """Whether any part of the method (mixed loss or curriculum) asks for a weak model."""
         return self.curriculum or self.mixing_lambda < 1
+
+    @property
+    def draw_seed(self) -> int:
+        """Seed of the draws of the curriculum."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def term_options(self) -> dict[str, Any]:
+        """Options of [`~wmss_trl.curriculum.sampling_weights`]."""
+        return {
+            "variant": self.curriculum_variant,
+            "difficulty_weight": self.difficulty_weight,
+            "consolidation_weight": self.consolidation_weight,
+            "repair_weight": self.repair_weight,
+        }
 
     def _check_weak_driven_options(self) -> None:
         if not 0 < self.mixing_lambda <= 1:  # also false for NaN
@@ -220,10 +275,29 @@ class WMSSConfig(SFTConfig):
                 f"`active_fraction` must be in (0, 1], got {self.active_fraction}. Use 1.0 to keep as many examples "
                 "as the data set has."
             )
-        if self.scoring_batch_size is not None and self.scoring_batch_size < 1:
+        for option in ("scoring_batch_size", "scoring_tokens_per_batch"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"`{option}` must be >= 1, got {value}. Leave it unset to score as many tokens at a time as an "
+                    f"evaluation batch of {self.per_device_eval_batch_size} examples may have."
+                )
+        if self.scoring_batch_size is not None and self.scoring_tokens_per_batch is not None:
             raise ValueError(
-                f"`scoring_batch_size` must be >= 1, got {self.scoring_batch_size}. Leave it unset to use "
-                f"`per_device_eval_batch_size` ({self.per_device_eval_batch_size})."
+                f"Both `scoring_batch_size={self.scoring_batch_size}` and `scoring_tokens_per_batch="
+                f"{self.scoring_tokens_per_batch}` are set. Keep one of them."
+            )
+        if isinstance(self.rescore_epochs, bool) or self.rescore_epochs < 1 or self.rescore_epochs % 1:
+            raise ValueError(f"`rescore_epochs` must be a whole number >= 1, got {self.rescore_epochs}.")
+        if self.score_file is not None and not self.curriculum:
+            raise ValueError(
+                f"`score_file={self.score_file!r}` is for the curriculum, but `curriculum=False`. Remove one of them."
+            )
+        if self.score_file is not None and self.sft_epochs:
+            raise ValueError(
+                f"`score_file={self.score_file!r}` holds the strong entropies of the model that the run starts with, "
+                f"but `sft_epochs={self.sft_epochs}` changes it before the first draw. Set `sft_epochs=0` and start "
+                "from the fine-tuned model, or remove `score_file`."
             )
         if self.logits_buffer_mb < 1:
             raise ValueError(f"`logits_buffer_mb` must be >= 1, got {self.logits_buffer_mb}. The default is 256.")
@@ -237,13 +311,18 @@ class WMSSConfig(SFTConfig):
                 f"`label_smoothing_factor={self.label_smoothing_factor}` cannot be combined with the mixed loss. Set "
                 "it to 0.0."
             )
-        if self.curriculum and self.packing:
+        if self.curriculum and self.packing and self.packing_strategy != "bfd":
             raise ValueError(
-                "`packing=True` cannot be combined with `curriculum=True` in this version: examples are scored and "
-                "drawn one by one, while a packed row holds several. Set `packing=False` or `curriculum=False`."
+                f"`packing_strategy={self.packing_strategy!r}` cannot be combined with `curriculum=True`: it cuts "
+                "documents, which are scored and drawn whole. Use 'bfd', or set `curriculum=False`."
             )
-        if self.curriculum and self.train_sampling_strategy not in ("random", "sequential"):
+        if self.curriculum and self.packing and self.curriculum_replacement:
+            raise ValueError(
+                "`curriculum_replacement=True` cannot be combined with `packing=True`: a document would be packed "
+                "beside its own copy. Set one of them to False."
+            )
+        if self.curriculum and self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
             raise ValueError(
                 f"`train_sampling_strategy={self.train_sampling_strategy!r}` cannot be combined with "
-                "`curriculum=True` in this version. Use 'random' or 'sequential', or set `curriculum=False`."
+                "`curriculum=True`. Use 'random', 'sequential' or 'group_by_length', or set `curriculum=False`."
             )

@@ -7,15 +7,16 @@ Curriculum-enhanced data activation: which examples the next weak-driven epoch t
     active set = draw(p), without replacement unless asked otherwise
 """
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+import torch
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 CURRICULUM_VARIANTS = ("released", "v1", "v2")
 
@@ -62,31 +63,56 @@ def sampling_weights(
         ValueError: If the entropies differ in shape, or are negative, NaN or infinite (with the example indices), or
             the variant is unknown.
     """
-    weak, strong = np.asarray(weak_entropy, dtype=np.float64), np.asarray(strong_entropy, dtype=np.float64)
-    if weak.ndim != 1 or weak.shape != strong.shape or not len(weak):
-        raise ValueError(
-            f"`weak_entropy` {weak.shape} and `strong_entropy` {strong.shape} must be vectors of the same length >= 1."
-        )
-    for name, entropy in (("weak_entropy", weak), ("strong_entropy", strong)):
-        check_finite(name, entropy)
-    delta = strong - weak
-    difficulty = strong if variant == "v2" else weak
-    terms = (
-        (difficulty_weight, difficulty),
-        (consolidation_weight, np.maximum(-delta, 0)),
-        (repair_weight, np.maximum(delta, 0)),
+    weights = sum(
+        weight_terms(
+            weak_entropy,
+            strong_entropy,
+            difficulty_weight=difficulty_weight,
+            consolidation_weight=consolidation_weight,
+            repair_weight=repair_weight,
+            variant=variant,
+        ).values()
     )
-    if variant == "released":
-        weights = sum(weight * term / (term.sum() or 1) for weight, term in terms)
-    elif variant in ("v1", "v2"):
-        weights = sum(weight * term for weight, term in terms)
-    else:
-        raise ValueError(f"`variant` must be one of {list(CURRICULUM_VARIANTS)}, got {variant!r}.")
     total = weights.sum()
     if total == 0:
         warnings.warn("Every sampling weight is 0: drawing uniformly.", stacklevel=2)
         return np.full(len(weights), 1 / len(weights))
     return weights / total
+
+
+def weight_terms(
+    weak_entropy: np.ndarray,
+    strong_entropy: np.ndarray,
+    *,
+    difficulty_weight: float = 0.1,
+    consolidation_weight: float = 0.8,
+    repair_weight: float = 0.1,
+    variant: str = "released",
+) -> dict[str, np.ndarray]:
+    """
+    The three terms of [`sampling_weights`] before their sum is normalised.
+
+    Returns:
+        `dict[str, np.ndarray]`: `"difficulty"`, `"consolidation"` and `"repair"`, float64 of shape `(n,)`.
+    """
+    weak, strong = np.asarray(weak_entropy, dtype=np.float64), np.asarray(strong_entropy, dtype=np.float64)
+    if weak.ndim != 1 or weak.shape != strong.shape or not len(weak):
+        raise ValueError(
+            f"`weak_entropy` {weak.shape} and `strong_entropy` {strong.shape} must be vectors of the same length >= 1."
+        )
+    if variant not in CURRICULUM_VARIANTS:
+        raise ValueError(f"`variant` must be one of {list(CURRICULUM_VARIANTS)}, got {variant!r}.")
+    for name, entropy in (("weak_entropy", weak), ("strong_entropy", strong)):
+        check_finite(name, entropy)
+    terms = {
+        "difficulty": (difficulty_weight, strong if variant == "v2" else weak),
+        "consolidation": (consolidation_weight, np.maximum(weak - strong, 0)),
+        "repair": (repair_weight, np.maximum(strong - weak, 0)),
+    }
+    return {
+        name: weight * term / ((term.sum() or 1) if variant == "released" else 1)
+        for name, (weight, term) in terms.items()
+    }
 
 
 def draw_active_set(
@@ -144,14 +170,10 @@ def draw_active_set(
     return np.concatenate([candidates[np.argsort(arrival, kind="stable")], others])[:num_draws]
 
 
-class CurriculumSampler(Sampler[int], TrainerCallback):
+class CurriculumSampler(Sampler[Any], TrainerCallback):
     """
     Sampler over the active set that, as a callback, rescores the data set and redraws the set at the start of each
     weak-driven epoch.
-
-    Before `first_epoch` the data loader keeps its own sampler, so that phase 1 sees the data in SFT's order. From then
-    on the callback puts itself into the data loader: through `set_sampler`, because on several processes a loader
-    that skips batches to resume hides its sampler from `set_epoch`.
 
     Args:
         num_examples (`int`):
@@ -165,23 +187,33 @@ class CurriculumSampler(Sampler[int], TrainerCallback):
             The active set has `round(active_fraction * n)` examples, at least one.
         replacement (`bool`, *optional*, defaults to `False`):
             Whether to draw with replacement and keep the repeats.
+        rescore_epochs (`int`, *optional*, defaults to `1`):
+            The data set is scored in every `rescore_epochs`-th weak-driven epoch. The epochs between draw a new active
+            set from the last scores.
         variant, difficulty_weight, consolidation_weight, repair_weight:
             See [`sampling_weights`].
         shuffle (`bool`, *optional*, defaults to `True`):
             Whether an epoch visits the active set in random order, or else in data-set order.
+        lengths (`np.ndarray` of shape `(n,)`, *optional*):
+            Number of tokens of each example, to shuffle so that examples of similar length share a batch.
+        group_size (`int`, *optional*, defaults to `1`):
+            Number of examples in such a group.
+        pack (`Callable[[np.ndarray], list[np.ndarray]]`, *optional*):
+            Packs the examples, taken in the order of the draw, into at most `num_rows` rows.
+        num_rows (`int`, *optional*):
+            Number of rows of an active set that is packed, in place of `active_fraction`.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the draws and of the order. Every rank must use the same.
-        identity (`dict[str, Any]`, *optional*):
-            What else a draw depends on (data, weak model), in JSON types. Saved with the draw: a checkpoint of another
-            identity or other settings is refused.
-        log (`Callable[[dict[str, float]], None]`, *optional*):
+        on_redraw (`Callable[[dict[str, float]], None]`, *optional*):
             Receives the metrics of each redraw.
 
     Attributes:
         weak_entropy, strong_entropy, weights (`np.ndarray` of shape `(n,)`):
             Scores and sampling weights of the last redraw; `None` before.
-        indices (`np.ndarray` of shape `(num_active,)`):
-            The active set in the order of the epoch; `None` before the first redraw.
+        indices (`np.ndarray`):
+            The examples of the active set in the order of the epoch; `None` before the first redraw.
+        row_sizes (`np.ndarray` of shape `(num_rows,)`):
+            Number of consecutive `indices` that share a row; `None` unless the active set is packed.
     """
 
     FILE_NAME = "curriculum.npz"
@@ -194,40 +226,49 @@ class CurriculumSampler(Sampler[int], TrainerCallback):
         first_epoch: int = 0,
         active_fraction: float = 0.63,
         replacement: bool = False,
+        rescore_epochs: int = 1,
         variant: str = "released",
         difficulty_weight: float = 0.1,
         consolidation_weight: float = 0.8,
         repair_weight: float = 0.1,
         shuffle: bool = True,
+        lengths: np.ndarray | None = None,
+        group_size: int = 1,
+        pack: Callable[[np.ndarray], list[np.ndarray]] | None = None,
+        num_rows: int | None = None,
         seed: int = 42,
-        identity: dict[str, Any] | None = None,
-        log: Callable[[dict[str, float]], None] | None = None,
+        on_redraw: Callable[[dict[str, float]], None] | None = None,
     ):
         self.first_epoch = first_epoch
-        self.num_active = max(1, round(active_fraction * num_examples))
-        self.shuffle = shuffle
-        self.score = score
-        self.log = log
-        self.settings = {
-            "num_examples": num_examples,
-            "active_fraction": active_fraction,
-            "replacement": replacement,
-            "variant": variant,
+        self.num_active = num_rows or max(1, round(active_fraction * num_examples))
+        self.replacement = replacement
+        self.rescore_epochs = rescore_epochs
+        self.term_options = {
             "difficulty_weight": difficulty_weight,
             "consolidation_weight": consolidation_weight,
             "repair_weight": repair_weight,
-            "seed": seed,
-            **(identity or {}),
+            "variant": variant,
         }
+        self.shuffle = shuffle
+        self.lengths = lengths
+        self.group_size = group_size
+        self.pack = pack
+        self.seed = seed
+        self.score = score
+        self.on_redraw = on_redraw
         self.epoch: int | None = None
         self.drawn_epoch: int | None = None
         self.weak_entropy: np.ndarray | None = None
         self.strong_entropy: np.ndarray | None = None
         self.weights: np.ndarray | None = None
         self.indices: np.ndarray | None = None
+        self.row_sizes: np.ndarray | None = None
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices.tolist())
+    def __iter__(self) -> Iterator[int | tuple[int, ...]]:
+        """The indices of the active set, or tuples of those that share a row."""
+        if self.row_sizes is None:
+            return iter(self.indices.tolist())
+        return (tuple(row.tolist()) for row in np.split(self.indices, self.row_sizes.cumsum()[:-1]))
 
     def __len__(self) -> int:
         return self.num_active
@@ -235,92 +276,105 @@ class CurriculumSampler(Sampler[int], TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.epoch = int(state.epoch or 0) - 1  # `on_epoch_begin` comes next, in a resumed epoch too
 
-    def on_epoch_begin(self, args, state, control, train_dataloader: DataLoader | None = None, **kwargs):
+    def on_epoch_begin(self, args, state, control, **kwargs):
         self.epoch += 1
-        if self.epoch < self.first_epoch:
-            return
-        if self.drawn_epoch != self.epoch:
+        if self.epoch >= self.first_epoch and self.drawn_epoch != self.epoch:
             self.redraw(self.epoch)
-        train_dataloader.set_sampler(self)
+            if self.on_redraw is not None:
+                self.on_redraw(self.metrics())
 
     def redraw(self, epoch: int) -> None:
-        """Score the data set and draw the active set of `epoch`."""
-        settings = self.settings
-        self.weak_entropy, self.strong_entropy = self.score()
-        self.weights = sampling_weights(
-            self.weak_entropy,
-            self.strong_entropy,
-            difficulty_weight=settings["difficulty_weight"],
-            consolidation_weight=settings["consolidation_weight"],
-            repair_weight=settings["repair_weight"],
-            variant=settings["variant"],
-        )
-        seed = (settings["seed"], epoch - self.first_epoch)
-        drawn = draw_active_set(self.weights, self.num_active, replacement=settings["replacement"], seed=seed)
-        # The order of the draw puts large weights first
-        shuffled = np.random.Generator(np.random.PCG64((*seed, 1))).permutation(drawn)
-        self.indices = shuffled if self.shuffle else np.sort(drawn)
+        """Score the data set, unless an earlier epoch's scores serve, and draw the active set of `epoch`."""
+        number = epoch - self.first_epoch
+        if self.strong_entropy is None or number % self.rescore_epochs == 0:
+            self.weak_entropy, self.strong_entropy = self.score()
+            self.weights = sampling_weights(self.weak_entropy, self.strong_entropy, **self.term_options)
+        seed = (self.seed, number)
+        generator = np.random.Generator(np.random.PCG64((*seed, 1)))
+        if self.pack is None:
+            drawn = draw_active_set(self.weights, self.num_active, replacement=self.replacement, seed=seed)
+            self.indices = self._arrange(drawn, generator)
+        else:
+            rows = self._draw_rows(seed)
+            rows = [rows[i] for i in (generator.permutation(len(rows)) if self.shuffle else range(len(rows)))]
+            self.indices, self.row_sizes = np.concatenate(rows), np.array([len(row) for row in rows])
         self.drawn_epoch = epoch
-        if self.log is not None:
-            delta = self.strong_entropy - self.weak_entropy
-            self.log(
-                {
-                    "curriculum/active_examples": len(np.unique(drawn)),
-                    "curriculum/weak_entropy": float(self.weak_entropy.mean()),
-                    "curriculum/strong_entropy": float(self.strong_entropy.mean()),
-                    "curriculum/delta_entropy": float(delta.mean()),
-                    "curriculum/active_delta_entropy": float(delta[drawn].mean()),
-                }
-            )
+
+    def _arrange(self, drawn: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The order of the epoch; that of the draw puts large weights first."""
+        if not self.shuffle:
+            return np.sort(drawn)
+        if self.lengths is None:
+            return generator.permutation(drawn)
+        torch_generator = torch.Generator().manual_seed(int(generator.integers(2**63)))
+        order = get_length_grouped_indices(self.lengths[drawn], self.group_size, generator=torch_generator)
+        return drawn[np.array(order)]
+
+    def _draw_rows(self, seed: tuple[int, ...]) -> list[np.ndarray]:
+        """As many examples as fit into the rows, by the order of the draw; those of weight 0 only if room is left."""
+        for num_draws in (np.count_nonzero(self.weights), len(self.weights)):
+            rows = self.pack(draw_active_set(self.weights, num_draws, seed=seed))
+            if len(rows) == self.num_active:
+                return rows
+        # Packed more tightly than the whole data set: its last rows are cut, so that the number of steps stays
+        while len(rows) < self.num_active:
+            longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+            half = len(rows[longest]) // 2
+            rows.append(rows[longest][half:])
+            rows[longest] = rows[longest][:half]
+        return rows
+
+    def metrics(self) -> dict[str, float]:
+        """Size and mean entropies in nats of the last redraw, and the share of each term in the sampling weights."""
+        delta = self.strong_entropy - self.weak_entropy
+        active = np.unique(self.indices)
+        terms = weight_terms(self.weak_entropy, self.strong_entropy, **self.term_options)
+        metrics = {
+            "active_examples": len(active),
+            "weak_entropy": self.weak_entropy.mean(),
+            "strong_entropy": self.strong_entropy.mean(),
+            "delta_entropy": delta.mean(),
+            "active_delta_entropy": delta[active].mean(),
+        }
+        for prefix, rows in (("", slice(None)), ("active_", active)):
+            sums = {name: term[rows].sum() for name, term in terms.items()}
+            total = sum(sums.values()) or 1
+            metrics |= {f"{prefix}{name}_share": value / total for name, value in sums.items()}
+        return {f"curriculum/{name}": float(value) for name, value in metrics.items()}
 
     def save(self, folder: str | Path) -> None:
-        """Write the last draw, if there was one, to `curriculum.npz` in `folder`."""
-        if self.drawn_epoch is None:
+        """Write the scores and the last draw, as far as there are any, to `curriculum.npz` in `folder`."""
+        arrays = {
+            name: value
+            for name in ("weak_entropy", "strong_entropy", "weights", "indices", "row_sizes")
+            if (value := getattr(self, name)) is not None
+        }
+        if not arrays:
             return
+        if self.drawn_epoch is not None:
+            arrays["epoch"] = np.array(self.drawn_epoch)
         target = Path(folder) / self.FILE_NAME
         partial = target.with_suffix(".partial.npz")
-        np.savez(
-            partial,
-            epoch=self.drawn_epoch,
-            settings=json.dumps(self.settings),
-            weak_entropy=self.weak_entropy,
-            strong_entropy=self.strong_entropy,
-            weights=self.weights,
-            indices=self.indices,
-        )
+        np.savez(partial, **arrays)
         partial.replace(target)
 
     def load(self, folder: str | Path) -> None:
-        """
-        Take up the draw saved in `folder`; without one (phase 1) the first redraw is still to come.
-
-        Raises:
-            ValueError: If the draw was made with other settings or for another data set or weak model.
-        """
+        """Take up the scores and the draw saved in `folder`; what it does not hold is still to come."""
         path = Path(folder) / self.FILE_NAME
         if not path.exists():
             return
         with np.load(path, allow_pickle=False) as saved:
-            before = json.loads(str(saved["settings"]))
-            changed = [
-                f"`{key}`: {before.get(key)!r} in the checkpoint, {self.settings.get(key)!r} now"
-                for key in sorted(before.keys() | self.settings.keys())
-                if before.get(key) != self.settings.get(key)
-            ]
-            if changed:
-                raise ValueError(
-                    f"Cannot resume from {folder}, whose active set was drawn with other settings: "
-                    f"{'; '.join(changed)}. Restore them, or start a new run from the saved model."
-                )
-            self.drawn_epoch = int(saved["epoch"])
-            self.weak_entropy, self.strong_entropy = saved["weak_entropy"], saved["strong_entropy"]
-            self.weights, self.indices = saved["weights"], saved["indices"]
+            for name in ("weak_entropy", "strong_entropy", "weights", "indices", "row_sizes"):
+                setattr(self, name, saved.get(name))
+            self.drawn_epoch = int(saved["epoch"]) if "epoch" in saved else None
 
 
-def check_finite(name: str, values: np.ndarray) -> None:
-    """Raise a `ValueError` with the example indices if a value is NaN, infinite or negative."""
+def check_finite(name: str, values: np.ndarray, indices: np.ndarray | None = None) -> None:
+    """Raise a `ValueError` with the indices (positions unless given) of values that are NaN, infinite or negative."""
     bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
     if len(bad):
-        shown = ", ".join(f"{index} ({values[index]})" for index in bad[:10])
+        indices = np.arange(len(values)) if indices is None else indices
+        bad = bad[np.argsort(indices[bad])]
+        shown = ", ".join(f"{indices[i]} ({values[i]})" for i in bad[:10])
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise ValueError(f"`{name}` must be finite and >= 0, but examples {shown}{more} are not.")

@@ -1,6 +1,9 @@
-"""Per-example predictive entropy of a model over a data set (phase 2 of arXiv 2602.08222)."""
+"""Per-example predictive entropy of models over a data set (phase 2 of arXiv 2602.08222)."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -8,18 +11,187 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .curriculum import check_finite
 from .lm_head import LMHead, evaluating, unwrap_adapter
 from .losses import linear_entropy, next_token_targets, token_entropy
 
+DataCollator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
-def _list_arrays(dataset: Dataset, column: str) -> Iterator[pa.ListArray]:
-    """The lists of a column as Arrow arrays, since Python lists of every token take minutes on a large data set."""
-    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        yield table[column].combine_chunks()
+# Forwards per process between two gatherings of the results, which are also what an interrupted pass keeps
+_ROUNDS_PER_SHARD = 64
+
+
+def score_entropy(
+    model: nn.Module,
+    dataset: Dataset,
+    data_collator: DataCollator,
+    batch_size: int = 8,
+    *,
+    tokens_per_batch: int | None = None,
+    accelerator: Accelerator | None = None,
+    description: str = "Scoring",
+    disable_tqdm: bool = False,
+    buffer_bytes: int = 256 * 2**20,
+) -> np.ndarray:
+    """
+    Predictive entropy of each example, averaged over its supervised tokens, under teacher forcing:
+
+        H(M; x_i) = -(1/|T_i|) sum_{t in T_i} sum_v P(v | x_<t) log P(v | x_<t)
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model whose forward returns `.logits`. Scored in eval mode, restored afterwards.
+        dataset (`datasets.Dataset`):
+            Tokenized data set with an `input_ids` column and, optionally, `labels` (`-100` on unsupervised tokens).
+        data_collator (`Callable`):
+            Turns a list of examples into a batch with `labels`: one padded row per example, or all of them in one row
+            without padding as TRL's collator does with `padding_free=True`.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of examples in a forward pass. The result does not depend on it beyond float rounding.
+        tokens_per_batch (`int`, *optional*):
+            Number of tokens in a forward pass, padding included, which replaces `batch_size`. An example that is
+            longer has a forward pass of its own.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            If given, its processes share the batches and all get the whole result.
+        description (`str`, *optional*, defaults to `"Scoring"`):
+            Label of the progress bar.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to hide the progress bar.
+        buffer_bytes (`int`, *optional*, defaults to 256 MiB):
+            Memory for the logits of a model patched by [`~wmss_trl.lm_head.add_head_access`], as the trainer's are.
+            Any other model builds the full logits of each batch.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`: float32 entropies in nats, in data-set order.
+
+    Raises:
+        ValueError: If an entropy is NaN or infinite (with the example indices), or an example has no supervised token.
+    """
+    return score_models(
+        {"model": lambda: nullcontext(model)},
+        dataset,
+        data_collator,
+        batch_size,
+        tokens_per_batch=tokens_per_batch,
+        accelerator=accelerator,
+        description=description,
+        disable_tqdm=disable_tqdm,
+        buffer_bytes=buffer_bytes,
+    )["model"]
+
+
+def score_models(
+    models: Mapping[str, Callable[[], AbstractContextManager[nn.Module]]],
+    dataset: Dataset,
+    data_collator: DataCollator,
+    batch_size: int = 8,
+    *,
+    tokens_per_batch: int | None = None,
+    accelerator: Accelerator | None = None,
+    description: str = "Scoring",
+    disable_tqdm: bool = False,
+    buffer_bytes: int = 256 * 2**20,
+    known: Mapping[str, np.ndarray] | None = None,
+    on_progress: Callable[[dict[str, np.ndarray]], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """
+    [`score_entropy`] of several models in one pass over the data set, whose examples are collated once.
+
+    Args:
+        models (`dict[str, Callable]`):
+            For each name a function that returns a context manager which gives the model.
+        known (`dict[str, np.ndarray]`, *optional*):
+            Results of an interrupted pass, NaN where there are none. Only what is missing is computed.
+        on_progress (`Callable`, *optional*):
+            Receives the results so far, NaN where there are none, every few batches and on every process.
+        dataset, data_collator, batch_size, tokens_per_batch, accelerator, description, disable_tqdm, buffer_bytes:
+            See [`score_entropy`].
+
+    Returns:
+        `dict[str, np.ndarray]`: the float32 entropies of each model in nats, each of shape `(n,)`.
+    """
+    lengths = example_lengths(dataset)
+    entropies = {name: np.full(len(dataset), np.nan, dtype=np.float32) for name in models}
+    for name, values in (known or {}).items():
+        entropies[name][:] = values
+    unknown = np.any([np.isnan(values) for values in entropies.values()], axis=0)
+    batches = [batch for batch in length_batches(lengths, batch_size, tokens_per_batch) if unknown[batch].any()]
+
+    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    progress = tqdm(
+        total=len(dataset),
+        initial=len(dataset) - sum(map(len, batches)),
+        desc=description,
+        unit=" examples",
+        disable=disable_tqdm or rank != 0,
+        dynamic_ncols=True,
+    )
+    with progress, undisturbed_random_state():
+        for first in range(0, len(batches), world_size * _ROUNDS_PER_SHARD):
+            shard = batches[first : first + world_size * _ROUNDS_PER_SHARD]
+            rounds = [shard[start : start + world_size] for start in range(0, len(shard), world_size)]
+            # Every rank runs the same number of forwards (sharded models would hang otherwise): the ranks that the
+            # last round leaves without a batch repeat one and drop the result.
+            collated = [data_collator(_examples(dataset, share[min(rank, len(share) - 1)])) for share in rounds]
+            scores = []
+            for number, activated in enumerate(models.values()):
+                with activated() as model, evaluating(model):
+                    device = next(model.parameters()).device
+                    results = torch.zeros(sum(map(len, shard)), device=device)
+                    position = 0
+                    for share, batch in zip(rounds, collated, strict=True):
+                        entropy = _batch_entropy(model, batch, lengths[share[min(rank, len(share) - 1)]], buffer_bytes)
+                        if rank < len(share):
+                            start = position + sum(map(len, share[:rank]))
+                            results[start : start + len(share[rank])] = entropy
+                        position += sum(map(len, share))
+                        if number == len(models) - 1:
+                            progress.update(sum(map(len, share)))
+                    scores.append(results)
+            scores = torch.stack(scores)
+            if accelerator is not None:
+                scores = accelerator.reduce(scores, reduction="sum")
+            indices = np.concatenate(shard)
+            for name, values in zip(models, scores.cpu().numpy(), strict=True):
+                check_finite(f"entropy ({description}, {name})", values, indices)
+                entropies[name][indices] = values
+            if on_progress is not None:
+                on_progress(entropies)
+    return entropies
+
+
+def length_batches(lengths: np.ndarray, batch_size: int = 8, tokens_per_batch: int | None = None) -> list[np.ndarray]:
+    """
+    Batches of examples of similar length, so that little is padded. The longest come first: a lack of memory shows at
+    once.
+
+    Args:
+        lengths (`np.ndarray` of shape `(n,)`):
+            Number of tokens of each example.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of examples in a batch.
+        tokens_per_batch (`int`, *optional*):
+            Number of tokens in a batch, padding included, which replaces `batch_size`.
+
+    Returns:
+        `list[np.ndarray]`: the indices of each batch's examples.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = batch_size if tokens_per_batch is None else tokens_per_batch // max(1, lengths[order[start]])
+        batches.append(order[start : start + max(1, size)])
+        start += max(1, size)
+    return batches
+
+
+def example_lengths(dataset: Dataset) -> np.ndarray:
+    """Number of tokens of each example of a tokenized data set."""
+    return np.concatenate([ids.value_lengths().to_numpy() for ids in _list_arrays(dataset, "input_ids")])
 
 
 def supervised_token_counts(dataset: Dataset) -> np.ndarray:
@@ -45,86 +217,51 @@ def supervised_token_counts(dataset: Dataset) -> np.ndarray:
     return np.concatenate(counts)
 
 
-def score_entropy(
-    model: nn.Module,
-    dataset: Dataset,
-    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
-    batch_size: int = 8,
-    *,
-    accelerator: Accelerator | None = None,
-    description: str = "Scoring",
-    disable_tqdm: bool = False,
-    buffer_bytes: int = 256 * 2**20,
-) -> np.ndarray:
-    """
-    Predictive entropy of each example, averaged over its supervised tokens, under teacher forcing:
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """Hash of the tokens and the labels of a tokenized data set: another tokenizer, `max_length` or mask gives another
+    one, another way to the same tokens does not."""
+    digest = hashlib.sha256()
+    for column in ("input_ids", "labels"):
+        if column in dataset.column_names:
+            for values in _list_arrays(dataset, column):
+                for array in (values.value_lengths(), values.flatten()):
+                    digest.update(array.to_numpy().astype(np.int32).tobytes())
+    return digest.hexdigest()[:16]
 
-        H(M; x_i) = -(1/|T_i|) sum_{t in T_i} sum_v P(v | x_<t) log P(v | x_<t)
 
-    Args:
-        model (`torch.nn.Module`):
-            Causal language model whose forward returns `.logits`. Scored in eval mode, restored afterwards.
-        dataset (`datasets.Dataset`):
-            Tokenized data set with an `input_ids` column and, optionally, `labels` (`-100` on unsupervised tokens).
-        data_collator (`Callable`):
-            Turns a list of examples into a padded batch with `labels` of shape `(batch, sequence)`, one row per
-            example.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Number of examples in a forward pass. The result does not depend on it beyond float rounding.
-        accelerator ([`~accelerate.Accelerator`], *optional*):
-            If given, its processes share the batches and all get the whole result.
-        description (`str`, *optional*, defaults to `"Scoring"`):
-            Label of the progress bar.
-        disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Whether to hide the progress bar.
-        buffer_bytes (`int`, *optional*, defaults to 256 MiB):
-            Memory for the logits of a model patched by [`~wmss_trl.lm_head.add_head_access`], as the trainer's are.
-            Any other model builds the full logits of each batch.
+def _list_arrays(dataset: Dataset, column: str) -> Iterator[pa.ListArray]:
+    """The lists of a column as Arrow arrays, since Python lists of every token take minutes on a large data set."""
+    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000):
+        yield table[column].combine_chunks()
 
-    Returns:
-        `np.ndarray` of shape `(n,)`: float32 entropies in nats, in data-set order.
 
-    Raises:
-        ValueError: If an entropy is NaN or infinite (with the example indices), or an example has no supervised token.
-    """
-    lengths = np.concatenate([ids.value_lengths().to_numpy() for ids in _list_arrays(dataset, "input_ids")])
-    # Examples of similar length share a batch, so little is padded; the longest come first, so a lack of memory shows
-    # at once
-    order = np.argsort(-lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+def _examples(dataset: Dataset, indices: np.ndarray) -> list[dict[str, Any]]:
+    columns = dataset[indices.tolist()]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
+
+@contextmanager
+def undisturbed_random_state() -> Iterator[None]:
+    """Give every random generator that training may use its state back: a collator may draw from them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _batch_entropy(model: nn.Module, batch: dict[str, Any], lengths: np.ndarray, buffer_bytes: int) -> Tensor:
+    """Entropy of each example of a batch, whose examples have `lengths` tokens."""
     device = next(model.parameters()).device
-    entropy = torch.zeros(len(dataset), dtype=torch.float32, device=device)
-    progress = tqdm(
-        total=len(dataset), desc=description, unit=" examples", disable=disable_tqdm or rank != 0, dynamic_ncols=True
-    )
-    with progress, evaluating(model):
-        for first in range(0, len(batches), world_size):
-            share = batches[first : first + world_size]
-            # Every rank runs the same number of forwards (sharded models would hang otherwise): the ranks that the
-            # last round leaves without a batch repeat one and drop the result.
-            indices = share[min(rank, len(share) - 1)]
-            scores = _batch_entropy(model, data_collator([dataset[int(i)] for i in indices]), device, buffer_bytes)
-            if rank < len(share):
-                entropy[torch.from_numpy(indices).to(device)] = scores
-            progress.update(sum(map(len, share)))
-    if accelerator is not None:
-        entropy = accelerator.reduce(entropy, reduction="sum")
-    entropy = entropy.cpu().numpy()
-    check_finite(f"entropy ({description})", entropy)
-    return entropy
-
-
-def _batch_entropy(
-    model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, buffer_bytes: int
-) -> torch.Tensor:
-    batch = {key: value.to(device) for key, value in batch.items()}
+    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     labels = batch.pop("labels")
     mask = next_token_targets(labels) != -100
     if getattr(unwrap_adapter(model), "has_head_access", False):
 
-        def entropy(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
+        def entropy(hidden: Tensor, head: LMHead) -> Tensor:
             return linear_entropy(hidden, head.weight, head.bias, head.scale, head.softcap, buffer_bytes)
 
         positions = mask.nonzero().squeeze(-1)
@@ -132,5 +269,12 @@ def _batch_entropy(
         per_token[positions] = model(**batch, positions=positions, with_lm_head=entropy).value.float()
     else:
         per_token = token_entropy(model(**batch, use_cache=False).logits.flatten(0, 1), mask)
+    if len(labels) == len(lengths):
+        per_token, mask = per_token.view(labels.shape), mask.view(labels.shape)
+    else:  # padding-free: one row of all examples, which `pad_to_multiple_of` may have made longer
+        sizes = lengths.tolist()
+        per_token, mask = (
+            pad_sequence(values[: sum(sizes)].split(sizes), batch_first=True) for values in (per_token, mask)
+        )
     # 0 / 0 is NaN, which the caller reports
-    return per_token.view(labels.shape).sum(-1) / mask.view(labels.shape).sum(-1)
+    return per_token.sum(-1) / mask.sum(-1)

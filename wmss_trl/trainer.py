@@ -1,14 +1,12 @@
+import copy
 import json
 import warnings
-import zlib
 from collections.abc import Callable
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from accelerate.data_loader import get_sampler
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -25,15 +23,16 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
+from .activation import DataActivation
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
+from .diagnostics import log_image, plot_redraw
 from .epochs import EpochPlan
 from .lm_head import HeadOutput, LMHead, add_head_access, unwrap_adapter
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
-from .scoring import score_entropy, supervised_token_counts
+from .score_files import ScoreTable
 from .weak import WeakReference, make_weak_reference
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class WMSSTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "wmss"]  # noqa: RUF012
     _name = "WMSS"
-    _STATE_FILE = "wmss_state.json"
+    STATE_FILE = "wmss_state.json"
     _paper = {  # noqa: RUF012
         "title": "Weak-Driven Learning: How Weak Agents make Strong Agents Stronger",
         "id": "2602.08222",
@@ -131,6 +130,7 @@ class WMSSTrainer(SFTTrainer):
                 f"and `sft_epochs={args.sft_epochs}`. Load the data set without `streaming=True`, or set "
                 "`curriculum=False` and `sft_epochs=0`."
             )
+        self._documents: Dataset | None = None
         super().__init__(
             model=model,
             args=args,
@@ -169,8 +169,20 @@ class WMSSTrainer(SFTTrainer):
         if self._full_logits:
             because = "; ".join(f"because of the {name}: {problem}" for name, problem in problems.items() if problem)
             warnings.warn(f"Loss and scores need the full logits, which take more memory, {because}.", stacklevel=2)
+        self._activation: DataActivation | None = None
         if args.curriculum:
-            self.curriculum_sampler = self._make_curriculum_sampler()
+            self._activation = DataActivation(
+                args,
+                self.model,
+                self.weak_reference,
+                self.train_dataset,
+                self._documents,
+                self.data_collator,
+                self.accelerator,
+                weak_is_initial=weak_model is None and args.weak_model_name_or_path is None,
+                on_redraw=self._report_redraw,
+            )
+            self.curriculum_sampler = self._activation.sampler
             self.add_callback(self.curriculum_sampler)
 
     @staticmethod
@@ -202,68 +214,31 @@ class WMSSTrainer(SFTTrainer):
                 "the weak model does not have. Use a method that keeps the sequence, such as LoRA."
             )
 
-    def _make_curriculum_sampler(self) -> CurriculumSampler:
-        args = self.args
-        if "input_ids" not in self.train_dataset.column_names:
-            raise ValueError(
-                f"`curriculum=True` needs a tokenized `train_dataset` to score, but its columns are "
-                f"{self.train_dataset.column_names}. Let the trainer prepare the data set, or set `curriculum=False`."
-            )
-        token_counts = supervised_token_counts(self.train_dataset)
-        empty = np.flatnonzero(token_counts == 0)
-        if len(empty):
-            raise ValueError(
-                f"`train_dataset` has {len(empty)} examples without a supervised token, which have no entropy: "
-                f"indices {empty[:10].tolist()}{' ...' if len(empty) > 10 else ''}. Remove them, or check the labels "
-                f"and `max_length={args.max_length}`."
-            )
-        sampler = CurriculumSampler(
-            len(self.train_dataset),
-            self._score,
-            first_epoch=args.sft_epochs,
-            active_fraction=args.active_fraction,
-            replacement=args.curriculum_replacement,
-            variant=args.curriculum_variant,
-            difficulty_weight=args.difficulty_weight,
-            consolidation_weight=args.consolidation_weight,
-            repair_weight=args.repair_weight,
-            shuffle=args.train_sampling_strategy == "random",
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            identity={
-                "sft_epochs": args.sft_epochs,
-                "train_dataset": f"{zlib.crc32(token_counts.tobytes()):08x}",
-                "weak_model": self.weak_reference.fingerprint,
-            },
-            log=lambda metrics: [self._metrics["train"][key].append(value) for key, value in metrics.items()],
-        )
-        batch_size = args.per_device_train_batch_size * self.accelerator.num_processes
-        if sampler.num_active < batch_size:
-            raise ValueError(
-                f"The active set (`active_fraction={args.active_fraction}` of {len(self.train_dataset)} examples) has "
-                f"{sampler.num_active} examples, less than one batch of {batch_size}. Use more data, a larger "
-                "`active_fraction` or a smaller `per_device_train_batch_size`."
-            )
-        return sampler
+    def score_table(self) -> ScoreTable:
+        """
+        Score the training set, weigh it and draw from it what the first weak-driven epoch would train on, without
+        training.
 
-    def _score(self) -> tuple[np.ndarray, np.ndarray]:
-        """Entropies of the training set under the weak and the strong model."""
-        collator = self.data_collator
-        if self.padding_free:  # which merges the examples of a batch into one row
-            collator = DataCollatorForLanguageModeling(collator.pad_token_id)
-        score = partial(
-            score_entropy,
-            dataset=self.train_dataset,
-            data_collator=collator,
-            batch_size=self.args.scoring_batch_size or self.args.per_device_eval_batch_size,
-            accelerator=self.accelerator,
-            disable_tqdm=self.args.disable_tqdm,
-            buffer_bytes=self.args.logits_buffer_mb * 2**20,
-        )
-        weak_entropy = self.curriculum_sampler.weak_entropy
-        if weak_entropy is None:  # the weak model is frozen: once is enough
-            with self.weak_reference.activated() as weak:
-                weak_entropy = score(weak, description="Scoring, weak model")
-        return weak_entropy, score(self.model, description="Scoring, strong model")
+        Returns:
+            [`~wmss_trl.score_files.ScoreTable`]: one row per example. It can be written to a Parquet file, from which
+            a run with `score_file` starts.
+        """
+        if self._activation is None:
+            raise ValueError("There is nothing to score without a curriculum. Set `curriculum=True`.")
+        return self._activation.table()
+
+    def _report_redraw(self, metrics: dict[str, float]) -> None:
+        """Log a redraw with the next step, and draw it."""
+        for key, value in metrics.items():
+            self._metrics["train"][key].append(value)
+        if self.args.plot_curriculum and self.is_world_process_zero() and find_spec("matplotlib") is not None:
+            sampler = self.curriculum_sampler
+            path = Path(self.args.output_dir) / "curriculum" / f"epoch_{sampler.drawn_epoch}.png"
+            try:
+                plot_redraw(path, sampler)
+                log_image("curriculum/active_set", path, self.callback_handler.callbacks, self.state.global_step)
+            except OSError as error:  # such as a full disk, which is no reason to lose the run
+                warnings.warn(f"The figure {path} cannot be written ({error}).", stacklevel=2)
 
     def compute_loss(
         self,
@@ -374,7 +349,7 @@ class WMSSTrainer(SFTTrainer):
         self._total_train_tokens += int(num_tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
-    # The three overrides below let the weak-driven epochs be shorter than those of phase 1; with `active_fraction=1.0`
+    # The overrides below let the weak-driven epochs be shorter than those of phase 1; with `active_fraction=1.0`
     # they change nothing. Private to transformers, checked with 5.23: one epoch length serves the whole run there.
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
@@ -382,7 +357,14 @@ class WMSSTrainer(SFTTrainer):
         epochs, steps_per_epoch, num_examples, num_samples, batch_size, full_batches, max_steps = values
         active_batches = full_batches
         if self.curriculum_sampler is not None:
-            active_batches = self._count_batches(dataloader, len(self.curriculum_sampler))
+            self._active_dataloader = self._get_dataloader(
+                dataset=self._activation.dataset_of_rows,
+                description="Weak-driven training",
+                batch_size=self._train_batch_size,
+                sampler_fn=lambda _: self.curriculum_sampler,
+                is_training=True,
+            )
+            active_batches = len(self._active_dataloader)
         self._plan = EpochPlan(args.sft_epochs, full_batches, active_batches, args.gradient_accumulation_steps)
         if active_batches == full_batches:
             return values
@@ -393,16 +375,6 @@ class WMSSTrainer(SFTTrainer):
             num_samples = max_steps * batch_size
         return epochs, steps_per_epoch, num_examples, num_samples, batch_size, full_batches, max_steps
 
-    @staticmethod
-    def _count_batches(dataloader: DataLoader, num_examples: int) -> int:
-        """Length that `dataloader` would have over `num_examples` examples."""
-        sampler = get_sampler(dataloader)
-        dataloader.set_sampler(range(num_examples))
-        try:
-            return len(dataloader)
-        finally:
-            dataloader.set_sampler(sampler)
-
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ) -> tuple[int, int]:
@@ -412,32 +384,80 @@ class WMSSTrainer(SFTTrainer):
         if self.curriculum_sampler is not None:
             self.curriculum_sampler.drawn_epoch = None
             if resume_from_checkpoint is not None:
-                self.curriculum_sampler.load(resume_from_checkpoint)
                 epoch, steps = self._plan.locate(self.state.global_step)
                 batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
-        if self.weak_reference is not None and resume_from_checkpoint is not None:
-            self._check_same_weak_model(Path(resume_from_checkpoint))
+        # Without this file it is a checkpoint of plain SFT, from which any run may go on
+        if resume_from_checkpoint is not None and self.weak_reference is not None:
+            state = Path(resume_from_checkpoint) / self.STATE_FILE
+            if state.exists():
+                self._check_same_run(state)
+                if self.curriculum_sampler is not None:
+                    self.curriculum_sampler.load(resume_from_checkpoint)
         return epoch, batches
 
-    def _check_same_weak_model(self, checkpoint: Path) -> None:
-        """A run that is resumed from the model in the checkpoint would take that for M0."""
-        state = checkpoint / self._STATE_FILE
-        if not state.exists() or json.loads(state.read_text())["weak_model"] == self.weak_reference.fingerprint:
+    def _identity(self) -> dict[str, Any]:
+        """What a run depends on and a resumed one must not change, in JSON types."""
+        options = ["mixing_lambda", "anchor_weight", "sft_epochs", "curriculum"]
+        identity = {"weak_model": self.weak_reference.fingerprint}
+        if self.curriculum_sampler is not None:
+            identity["train_dataset"] = self._activation.fingerprint
+            options += [
+                "curriculum_variant",
+                "difficulty_weight",
+                "consolidation_weight",
+                "repair_weight",
+                "active_fraction",
+                "curriculum_replacement",
+                "rescore_epochs",
+                "train_sampling_strategy",
+                "packing",
+                "seed",
+                "data_seed",
+            ]
+        return {option: getattr(self.args, option) for option in options} | identity
+
+    def _check_same_run(self, state: Path) -> None:
+        before, now = json.loads(state.read_text()), self._identity()
+        changed = [
+            f"`{key}`: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if not changed:
             return
         message = (
-            f"The weak model is not the one of the run that saved {checkpoint}. Pass the same `weak_model`; if there "
-            "was none, pass as `model` what the run started from (M0), not the checkpoint."
+            f"Cannot resume from {state.parent}, which was saved by another run: {'; '.join(changed)}. Restore these. "
+            f"To go on from a checkpoint of phase 1 with other options, delete {state.name} and "
+            f"{CurriculumSampler.FILE_NAME} in a copy of it; from a later one, start a new run from the model with "
+            "`sft_epochs=0` and a `weak_model`."
         )
-        if self.state.global_step > self._plan.total_steps(self.args.sft_epochs):
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)  # no step has used a weak model yet
+        if before.get("weak_model") != now["weak_model"]:
+            message += (
+                " If the run had no `weak_model`, pass as `model` what it started from (M0), not the checkpoint: the "
+                "trainer loads that itself."
+            )
+        raise ValueError(message)
 
-    def _run_epoch(self, *, epoch: int, steps_in_epoch: int, num_update_steps_per_epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(
+        self,
+        *,
+        epoch: int,
+        train_dataloader: DataLoader,
+        steps_in_epoch: int,
+        num_update_steps_per_epoch: int,
+        **kwargs: Any,
+    ) -> None:
         self._weak_driven = epoch >= self.args.sft_epochs
-        if self.curriculum_sampler is not None:
+        sampler = self.curriculum_sampler
+        if sampler is not None:
             steps_in_epoch, num_update_steps_per_epoch = self._plan.batches(epoch), self._plan.steps(epoch)
+            if self._weak_driven:
+                train_dataloader = self._active_dataloader
+            else:
+                self._activation.score_initial_model()
         super()._run_epoch(
             epoch=epoch,
+            train_dataloader=train_dataloader,
             steps_in_epoch=steps_in_epoch,
             num_update_steps_per_epoch=num_update_steps_per_epoch,
             **kwargs,
@@ -448,10 +468,31 @@ class WMSSTrainer(SFTTrainer):
             # Before the rest, so that a checkpoint with a trainer state always has its draw
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / self._STATE_FILE).write_text(json.dumps({"weak_model": self.weak_reference.fingerprint}))
+            (folder / self.STATE_FILE).write_text(json.dumps(self._identity(), indent=1))
             if self.curriculum_sampler is not None:
                 self.curriculum_sampler.save(folder)
         super()._save_checkpoint(model, trial)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: WMSSConfig,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """Keeps the documents of a packed training set for the curriculum. Private to TRL, checked with 1.16."""
+        if not (packing and args.curriculum and dataset_name == "train" and self._documents is None):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        # What packing does to documents that are too long
+        cut = copy.copy(args)
+        cut.truncation_mode, cut.shuffle_dataset = "keep_start", False
+        self._documents = super()._prepare_dataset(dataset, processing_class, cut, False, None, dataset_name)
+        return super()._prepare_dataset(dataset, processing_class, args, True, None, dataset_name)
 
     def create_model_card(
         self,

@@ -44,6 +44,29 @@ class WeakReference:
             yield self.model
 
 
+class InitialModel(WeakReference):
+    """
+    The model as it was handed in (M0) where only its entropies are needed. They are those of the strong model before
+    its first step, so no second model is kept.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The strong model, before it is trained.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.head_problem = None
+        self.fingerprint = fingerprint(dict(model.named_parameters()))
+
+    @contextmanager
+    def activated(self) -> Iterator[nn.Module]:
+        raise ValueError(
+            "The entropies of the weak model, which is the model as it was handed in, must be computed before it "
+            "changes, but it has changed since the trainer was made. Pass a `weak_model`."
+        )
+        yield
+
+
 class DisabledAdapter(WeakReference):
     """
     The base of a PEFT model, which is the model with its adapter switched off: it costs no memory.
@@ -106,6 +129,8 @@ def make_weak_reference(
     if weak_model is None:
         if peft_config is not None and keeps_base_weights(peft_config):
             return DisabledAdapter(strong)
+        if args.mixing_lambda == 1:
+            return InitialModel(strong)
         weak_model = frozen_copy(strong)
     else:
         if isinstance(weak_model, str):
@@ -218,13 +243,14 @@ def check_same_vocabulary(
 
 
 def fingerprint(parameters: dict[str, nn.Parameter]) -> str:
-    """Hash of parameter names, shapes and a sample of up to 64 values of each: cheap, and enough to tell checkpoints
-    apart."""
+    """Hash of the names, shapes and dtypes of parameters, of the sum of each one's bit patterns and of up to 64 of its
+    values: cheap, and enough to tell even neighbouring checkpoints apart."""
     digest = hashlib.sha256()
-    samples = []
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in parameters.items():
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        flat = parameter.detach().flatten()
-        samples.append(flat[:: max(1, len(flat) // 64)][:64].float().cpu())
-    digest.update(torch.cat(samples).numpy().tobytes() if samples else b"")
+        values = parameter.detach()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+        bits = values.view(integers[values.element_size()]).flatten()
+        sample = bits[:: max(1, len(bits) // 64)][:64].long()
+        digest.update(torch.cat([sample, bits.sum(dtype=torch.int64).view(1)]).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,6 +1,5 @@
 """WMSS beside its rivals: from the same M1, with the same optimizer state and the same number of steps."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,10 +130,7 @@ def compare_with_rivals(
             **kwargs,
         )
         PartialState().print(f"Training {name}", flush=True)
-        with warnings.catch_warnings():
-            # The control without a weak model changes it on purpose, before any step has used one
-            warnings.filterwarnings("ignore", message="The weak model is not the one")
-            trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=resume)
         result = measure(name, trainer.model, trainer)
         result.loss = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         result.accuracy = [*curve.points, (trainer.state.global_step, float(result.correct.mean()))]
@@ -155,8 +151,11 @@ def compare_with_rivals(
     wmss_args = convert_arguments(args, WMSSConfig, output_dir=str(folder / "wmss"), save_strategy="no")
     phase_1 = _SaveAfterPhase1()
     trainer, wmss = train(WMSS, WMSSTrainer, wmss_args, callbacks=[phase_1])
-    PartialState().wait_for_everyone()
     checkpoint = f"{wmss_args.output_dir}/checkpoint-{phase_1.step}"
+    if PartialState().is_main_process:  # a checkpoint of plain SFT, from which the rivals go on
+        for name in (WMSSTrainer.STATE_FILE, CurriculumSampler.FILE_NAME):
+            (Path(checkpoint) / name).unlink()
+    PartialState().wait_for_everyone()
     m0 = measure("M0", make_model(), trainer)
     m1 = measure("M1", AutoModelForCausalLM.from_pretrained(checkpoint), trainer)
 
