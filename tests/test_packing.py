@@ -128,7 +128,7 @@ def test_whole_data_set_keeps_its_number_of_rows(make_packed):
     assert len(list(sampler)) == len(sampler) == len(trainer.train_dataset)
     tight = sampler.pack(np.arange(37))
     sampler.num_active = len(tight) + 3
-    sampler.pack = lambda order: tight
+    sampler.pack = lambda order: list(tight)
     sampler.redraw(1)
     assert len(list(sampler)) == len(tight) + 3
     assert sorted(sampler.indices) == sorted(np.concatenate(tight))

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -106,7 +107,7 @@ class ScoreCache:
         try:
             with np.load(path, allow_pickle=False) as saved:
                 entropy = saved["entropy"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             warnings.warn(f"The scores in {path} cannot be read ({error}) and are computed anew.", stacklevel=2)
             return None
         return entropy if len(entropy) == len(self.dataset) else None

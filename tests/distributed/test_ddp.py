@@ -1,4 +1,4 @@
-"""Two real processes under `accelerate launch` against one, at the same global batch."""
+"""Two real processes under `accelerate launch` against one at the same global batch, and resumed runs."""
 
 import json
 import os
@@ -13,21 +13,30 @@ WORKER = Path(__file__).with_name("worker.py")
 CONFIG = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu2.yaml"
 
 
-def launch(folder, num_processes, **options):
-    """Run the worker and return the results of its ranks."""
+def launch(folder, num_processes, *runs, **options):
+    """Launch the worker for one run after the other and return the results of the ranks of each."""
     result = folder / f"result{len(list(folder.glob('result*')))}"
-    options = json.dumps({"expected_processes": num_processes, "output_dir": str(folder / "run"), **options})
+    common = {"expected_processes": num_processes, "output_dir": str(folder / "run"), **options}
     launcher = [sys.executable]
     if num_processes > 1:
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [*launcher, str(WORKER), options, str(result)], env=environment, capture_output=True, text=True, timeout=300
+    process = subprocess.run(
+        [*launcher, str(WORKER), json.dumps([common | run for run in runs or ({},)]), str(result)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    paths = [Path(f"{result}.{rank}.npz") for rank in range(num_processes)]
-    assert all(path.exists() for path in paths), run.stderr[-3000:]
+    paths = [[Path(f"{result}.{i}.{rank}.npz") for rank in range(num_processes)] for i in range(len(runs) or 1)]
+    assert all(path.exists() for ranks in paths for path in ranks), process.stderr[-3000:]
     result.touch()
-    return [dict(np.load(path)) for path in paths]
+    return [[dict(np.load(path)) for path in ranks] for ranks in paths]
+
+
+OPTIONS = {"per_device_train_batch_size": 2, "dataloader_drop_last": True}
+ONE = {"per_device_train_batch_size": 4}
+PACKED = {"packing": True, "max_length": 40, "per_device_train_batch_size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +45,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_run(folder):
-    return launch(
-        folder, 2, per_device_train_batch_size=2, save_strategy="steps", save_steps=1, dataloader_drop_last=True
-    )
+def whole_runs(folder):
+    """A run, and one that packs, with a checkpoint of every step."""
+    packed = {"output_dir": str(folder / "packed"), **PACKED}
+    return launch(folder, 2, {}, packed, save_strategy="steps", save_steps=1, **OPTIONS)
 
 
-def test_two_processes_equal_one_at_the_same_global_batch(folder, whole_run):
-    (single,) = launch(
-        folder, 1, per_device_train_batch_size=4, save_strategy="no", dataloader_drop_last=True, output_dir="unused"
-    )
-    for ours in whole_run:
+@pytest.fixture(scope="module")
+def single_runs(folder):
+    one = ONE | {"output_dir": str(folder / "one"), "save_strategy": "steps", "save_steps": 1}
+    packed = PACKED | {"per_device_train_batch_size": 2, "output_dir": str(folder / "one-packed")}
+    return launch(folder, 1, OPTIONS | one, OPTIONS | packed)
+
+
+@pytest.mark.parametrize("run", [0, 1], ids=["padded", "packed"])
+def test_two_processes_equal_one_at_the_same_global_batch(whole_runs, single_runs, run):
+    (single,) = single_runs[run]
+    for ours in whole_runs[run]:
         np.testing.assert_allclose(ours["losses"], single["losses"], rtol=1e-5)
         np.testing.assert_allclose(ours["mixed_nll"], single["mixed_nll"], rtol=1e-5)
         np.testing.assert_array_equal(ours["num_tokens"], single["num_tokens"])
@@ -56,25 +71,55 @@ def test_two_processes_equal_one_at_the_same_global_batch(folder, whole_run):
         np.testing.assert_allclose(ours["weights"], single["weights"], atol=1e-5)
 
 
-def test_ranks_agree_exactly(whole_run):
-    first, second = whole_run
-    for key in first:
+@pytest.mark.parametrize("run", [0, 1], ids=["padded", "packed"])
+def test_ranks_agree_exactly(whole_runs, run):
+    first, second = whole_runs[run]
+    for key in first.keys() - {"last_epoch"}:
         np.testing.assert_array_equal(first[key], second[key], err_msg=key)
 
 
-@pytest.mark.parametrize("step", [4, 9, 11, 16])  # in phase 1, on its end, in both weak-driven epochs
-def test_resume_on_two_processes_ends_the_same(folder, whole_run, step):
-    """In the middle of an epoch accelerate's SkipBatchSampler hides a custom sampler from `set_epoch`."""
+def test_ranks_share_the_active_set(whole_runs):
+    """Each example of the list is visited on one rank, once; `drop_last` leaves out the last incomplete batch."""
+    parts = [json.loads(str(ours["last_epoch"])) for ours in whole_runs[0]]
+    active_set = json.loads(str(whole_runs[0][0]["active_set"]))
+    assert len(parts[0]) == len(parts[1]) == 10
+    assert sorted(parts[0] + parts[1]) == sorted(active_set[:20])
+
+
+def test_a_run_on_two_processes_stopped_after_any_step_and_resumed_ends_the_same(folder, whole_runs):
+    """In new processes. In the middle of an epoch accelerate's SkipBatchSampler hides a custom sampler."""
+    whole, packed = whole_runs
+    resumptions, expected = [], []
+    for name, options, run in (("run", {}, whole), ("packed", PACKED, packed)):
+        steps = len(run[0]["losses"])
+        for step in range(1, steps) if name == "run" else (steps // 2, steps - 2):
+            checkpoint = str(folder / name / f"checkpoint-{step}")
+            resumptions.append({"resume": checkpoint, **options})
+            expected.append(run)
+    assert len(expected) == 18 + 2
     resumed = launch(
         folder,
         2,
-        per_device_train_batch_size=2,
+        *resumptions,
         save_strategy="no",
-        dataloader_drop_last=True,
-        resume=str(folder / "run" / f"checkpoint-{step}"),
         output_dir=str(folder / "resumed"),
+        plot_curriculum=False,
+        **OPTIONS,
     )
-    for ours, whole in zip(resumed, whole_run, strict=True):
-        np.testing.assert_array_equal(ours["indices"], whole["indices"])
-        np.testing.assert_allclose(ours["losses"], whole["losses"], rtol=1e-6)
-        np.testing.assert_allclose(ours["weights"], whole["weights"], atol=1e-6)
+    for resumption, ranks, whole_ranks in zip(resumptions, resumed, expected, strict=True):
+        for ours, whole in zip(ranks, whole_ranks, strict=True):
+            where = resumption["resume"]
+            np.testing.assert_array_equal(ours["indices"], whole["indices"], err_msg=where)
+            np.testing.assert_allclose(ours["losses"], whole["losses"], rtol=1e-6, err_msg=where)
+            np.testing.assert_allclose(ours["weights"], whole["weights"], atol=1e-6, err_msg=where)
+
+
+def test_a_run_stopped_after_any_step_and_resumed_in_a_new_process_ends_bit_for_bit_the_same(folder, single_runs):
+    ((whole,), _) = single_runs
+    resumptions = [{"resume": str(folder / "one" / f"checkpoint-{step}")} for step in range(1, 19)]
+    options = OPTIONS | ONE | {"output_dir": str(folder / "one-resumed"), "save_strategy": "no"}
+    resumed = launch(folder, 1, *resumptions, **options)
+    assert len(whole["losses"]) == 19
+    for resumption, (ours,) in zip(resumptions, resumed, strict=True):
+        for key in ("indices", "losses", "weights"):
+            np.testing.assert_array_equal(ours[key], whole[key], err_msg=resumption["resume"])

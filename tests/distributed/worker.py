@@ -1,4 +1,4 @@
-"""One process of a launched run: `worker.py OPTIONS_JSON RESULT_FILE`. Writes a result per rank and leaves."""
+"""One process of launched runs: `worker.py OPTIONS_JSON RESULT_FILE`. Writes a result per run and rank and leaves."""
 
 import json
 import os
@@ -16,10 +16,7 @@ from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    expected_processes, resume = options.pop("expected_processes"), options.pop("resume", None)
-    torch.set_num_threads(1)
+def run(result: str, expected_processes: int, resume: str | None = None, **options) -> None:
     examples = sums(37)
     tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in examples], vocab_size=300)
     trainer = WMSSTrainer(
@@ -40,11 +37,15 @@ def main() -> None:
         processing_class=tokenizer,
     )
     assert trainer.accelerator.num_processes == expected_processes
+    visited, collate = [], trainer.data_collator
+    if not options.get("packing"):
+        trainer.data_collator = lambda rows: visited.append([row["input_ids"] for row in rows]) or collate(rows)
     trainer.train(resume_from_checkpoint=resume)
     assert (type(trainer.model_wrapped).__name__ == "DistributedDataParallel") == (expected_processes > 1)
     sampler = trainer.curriculum_sampler
+    last_epoch = visited[-len(trainer._active_dataloader) :]
     np.savez(
-        f"{sys.argv[2]}.{trainer.accelerator.process_index}.npz",
+        f"{result}.{trainer.accelerator.process_index}.npz",
         weights=torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]).numpy(),
         losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         mixed_nll=[entry["mixed_nll"] for entry in trainer.state.log_history if "mixed_nll" in entry],
@@ -52,8 +53,18 @@ def main() -> None:
         weak_entropy=sampler.weak_entropy,
         strong_entropy=sampler.strong_entropy,
         indices=sampler.indices,
+        last_epoch=json.dumps([row for batch in last_epoch for row in batch]),
+        active_set=json.dumps([trainer.train_dataset[int(i)]["input_ids"] for i in sampler.indices])
+        if visited
+        else "[]",
     )
     trainer.accelerator.wait_for_everyone()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for number, options in enumerate(json.loads(sys.argv[1])):
+        run(f"{sys.argv[2]}.{number}", **options)
     sys.stdout.flush()
     os._exit(0)  # gloo sometimes aborts while the interpreter shuts down, after all work is done
 
