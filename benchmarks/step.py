@@ -41,6 +41,24 @@ PRESETS = {
 }
 
 
+def build_qwen3(preset: str, seed: int, max_length: int) -> Qwen3ForCausalLM:
+    """A model with the shape of `preset` and random weights."""
+    hidden, intermediate, layers, heads, kv_heads, head_dim, vocab_size, tied = PRESETS[preset]
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+        max_position_embeddings=max_length,
+    )
+    return Qwen3ForCausalLM(config)
+
+
 class FullLogitSFTTrainer(SFTTrainer):
     """SFT by the model's own loss, which on a CPU is faster than TRL's tiles."""
 
@@ -108,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     datasets.disable_progress_bars()
 
-    hidden, intermediate, layers, heads, kv_heads, head_dim, vocab_size, tied = PRESETS[args.preset]
+    vocab_size = PRESETS[args.preset][-2]
     tokenizer = build_tokenizer(["a"], vocab_size=300)
     generator = torch.Generator().manual_seed(0)
     steps = args.rounds + 2
@@ -116,19 +134,7 @@ def main() -> None:
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
 
     def model(seed: int) -> Qwen3ForCausalLM:
-        torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            tie_word_embeddings=tied,
-            max_position_embeddings=args.tokens,
-        )
-        return Qwen3ForCausalLM(config)
+        return build_qwen3(args.preset, seed, args.tokens)
 
     def make(cls: type[Trainer], config: type[SFTConfig], **options) -> Trainer:
         weak = {"weak_model": model(1)} if options.get("mixing_lambda", 1.0) < 1 else {}

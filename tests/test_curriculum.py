@@ -101,6 +101,9 @@ def test_draw_without_replacement_has_the_published_distribution():
 def test_draw_with_replacement_keeps_repeats_in_proportion():
     drawn = draw_active_set([3, 1], 10_000, replacement=True, seed=0)
     assert np.mean(drawn == 0) == pytest.approx(0.75, abs=0.02)
+    assert np.mean(drawn[:1000] == 0) == pytest.approx(0.75, abs=0.05)  # in random order
+    drawn = draw_active_set([0, 1e-300, 0, 1e-300, 0], 1000, replacement=True, seed=0)
+    assert set(drawn) == {1, 3}
 
 
 def test_draw_is_a_function_of_the_seed():

@@ -4,6 +4,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from wmss_trl import WMSSTrainer
 from wmss_trl.diagnostics import crossover_lambda, evaluate_mixture, plot_active_set
 
 
@@ -63,3 +64,42 @@ def test_active_set_is_marked():
     assert left_out.get_offsets().tolist() == [[2.0, 2.5]]
     assert active.get_offsets().tolist() == [[1.0, 0.5], [3.0, 1.0]]
     plt.close()
+
+
+def test_a_large_data_set_is_thinned_out():
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    entropies = np.random.default_rng(0).random((2, 100_000))
+    plot_active_set(ax, *entropies, np.arange(60_000))
+    points = [len(collection.get_offsets()) for collection in ax.collections]
+    assert points == [8_000, 12_000]
+    assert [text.get_text() for text in ax.get_legend().get_texts()][:2] == ["left out (40000)", "active set (60000)"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_each_redraw_leaves_a_figure_and_is_reported(make_model, make_args, tokenizer, dataset, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    args = make_args(report_to="tensorboard", num_train_epochs=3)
+    trainer = WMSSTrainer(make_model(), args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    folder = tmp_path / "run" / "curriculum"
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch_1.png", "epoch_2.png"]
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    images = events.Images("curriculum/active_set")
+    assert [image.step for image in images] == [10, 16]
+    assert images[0].width > images[0].height > 100
+    # The same numbers are in the logs
+    entries = [entry for entry in trainer.state.log_history if "curriculum/active_examples" in entry]
+    assert [entry["step"] for entry in entries] == [11, 17]
+    metrics = trainer.curriculum_sampler.metrics()
+    assert metrics.items() <= entries[-1].items()
+    assert "curriculum/consolidation_share" in metrics
+
+
+def test_figures_can_be_switched_off(make_model, make_args, tokenizer, dataset, tmp_path):
+    args = make_args(plot_curriculum=False, num_train_epochs=2)
+    WMSSTrainer(make_model(), args, train_dataset=dataset, processing_class=tokenizer).train()
+    assert not (tmp_path / "run" / "curriculum").exists()

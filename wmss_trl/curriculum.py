@@ -153,10 +153,14 @@ def draw_active_set(
             "without replacement."
         )
     generator = np.random.Generator(np.random.PCG64(seed))
-    if replacement:
-        return generator.choice(len(weights), size=num_draws, p=weights / weights.sum())
-
     candidates = np.flatnonzero(weights)
+    if replacement:
+        # Sorted, because looking up millions of random values in a long array misses the cache each time
+        cumulative = weights.cumsum()
+        values = np.sort(generator.random(num_draws)) * cumulative[-1]
+        drawn = np.minimum(cumulative.searchsorted(values, side="right"), candidates[-1])
+        return generator.permutation(drawn)
+
     arrival = generator.standard_exponential(len(candidates)) / (weights[candidates] / weights.max())
     if num_draws <= len(candidates):
         first = np.argpartition(arrival, num_draws - 1)[:num_draws]

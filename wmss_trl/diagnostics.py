@@ -181,7 +181,8 @@ def plot_active_set(ax: "Axes", weak_entropy: np.ndarray, strong_entropy: np.nda
             color=color,
             label=f"{label} ({chosen.sum()})",
         )
-    limit = max(weak_entropy.max(), strong_entropy.max())
-    ax.plot([0, limit], [0, limit], color="black", linewidth=0.8, label="no change of entropy")
+    both = np.concatenate([weak_entropy, strong_entropy])
+    limits = [both.min(), both.max()]
+    ax.plot(limits, limits, color="black", linewidth=0.8, label="no change of entropy")
     ax.set(xlabel="entropy under the weak model (nats)", ylabel="entropy under the strong model (nats)")
     ax.legend(markerscale=3)

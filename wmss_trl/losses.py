@@ -514,16 +514,29 @@ def linear_entropy(
         `torch.Tensor` of shape `(N,)`: entropies in nats, without gradient.
     """
     dtype, compute_dtype, vocab_size = matmul_dtype(hidden), _compute_dtype(hidden), weight.size(0)
+    on_cpu = hidden.device.type == "cpu"
+    if on_cpu:  # where touching new memory costs more than larger products save
+        buffer_bytes = min(buffer_bytes, _TILE_BYTES)
     tile_rows = max(1, buffer_bytes // (2 * vocab_size * compute_dtype.itemsize))
-    z, p = torch.empty(2, min(tile_rows, len(hidden)), vocab_size, dtype=compute_dtype, device=hidden.device)
+    block_rows = min(tile_rows, 16 if on_cpu else tile_rows)  # which stay in a CPU's cache between two operations
+    z = torch.empty(min(tile_rows, len(hidden)), vocab_size, dtype=compute_dtype, device=hidden.device)
+    scratch = torch.empty_like(z[:block_rows])
     entropies = [hidden.new_zeros(0, dtype=compute_dtype)]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         weight = weight.to(dtype)
         for h in hidden.to(dtype).split(tile_rows):
             logits = transform_logits_(project(z[: len(h)], h, weight, bias), scale, softcap)
-            probs = torch.softmax(logits, -1, out=p[: len(h)])
-            entropies.append(torch.special.entr(probs, out=logits).sum(-1))
+            entropies += [_entropy_(block, scratch[: len(block)]) for block in logits.split(block_rows)]
     return torch.cat(entropies)
+
+
+def _entropy_(logits: Tensor, scratch: Tensor) -> Tensor:
+    """Entropy of each row, `log s - sum_v e^z_v z_v / s` with `s = sum_v e^z_v` and the greatest logit moved to 0;
+    overwrites both arguments."""
+    logits -= logits.amax(-1, keepdim=True)
+    torch.exp(logits, out=scratch)
+    total = scratch.sum(-1)
+    return total.log() - torch.linalg.vecdot(scratch, logits) / total
 
 
 def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
