@@ -100,10 +100,10 @@ def test_a_neighbouring_checkpoint_is_another_model(make_trainer):
     assert sum(counts) == 37
 
 
-def test_a_killed_scoring_pass_goes_on_where_it_was(make_trainer, monkeypatch):
+def test_a_killed_scoring_pass_goes_on_where_it_was(make_trainer, monkeypatch, tmp_path):
     monkeypatch.setattr("wmss_trl.scoring._ROUNDS_PER_SHARD", 2)
     options = {"scoring_batch_size": 4}
-    whole = make_trainer(**options, output_dir="unused", score_cache_dir="/dev/null/nowhere")
+    whole = make_trainer(**options, output_dir=str(tmp_path / "whole"), score_cache_dir="/dev/null/nowhere")
     with pytest.warns(UserWarning, match="Scores cannot be kept in /dev/null/nowhere"):
         whole.train()
     trainer = make_trainer(**options)
@@ -202,6 +202,12 @@ def test_a_run_starts_from_a_score_file_without_scoring(make_trainer, make_model
     assert sum(counts) == 37  # the strong model before the second epoch
     assert losses(trainer) == losses(whole)
     assert not [warning for warning in recwarn if "score_file" in str(warning.message)]
+    resumed = make_trainer(
+        **options, score_file=str(path), save_strategy="epoch", output_dir=str(tmp_path / "resumed")
+    )
+    resumed.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-6"))
+    assert losses(resumed) == losses(whole)
     # As another program may write it, in another order and without its metadata
     pandas.read_parquet(path).sample(frac=1, random_state=0).to_parquet(path)
     trainer = make_trainer(**options, score_file=str(path), output_dir=str(tmp_path / "pandas"))

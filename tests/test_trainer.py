@@ -826,12 +826,35 @@ def test_overridden_private_methods_still_exist_with_their_signatures():
             "trial",
         ],
         "_save_checkpoint": ["self", "model", "trial"],
+        "_get_dataloader": [
+            "self",
+            "dataset",
+            "description",
+            "batch_size",
+            "sampler_fn",
+            "is_training",
+            "dataloader_key",
+        ],
         "_get_output_dir": ["self", "trial"],
     }
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters
+    assert list(inspect.signature(SFTTrainer._prepare_dataset).parameters) == [
+        "self",
+        "dataset",
+        "processing_class",
+        "args",
+        "packing",
+        "formatting_func",
+        "dataset_name",
+    ]
     source = inspect.getsource(Trainer._inner_training_loop)
-    for keyword in ("epoch=epoch", "steps_in_epoch=", "num_update_steps_per_epoch="):  # `_run_epoch` by keyword
+    for keyword in (
+        "epoch=epoch",
+        "train_dataloader=train_dataloader",
+        "steps_in_epoch=",
+        "num_update_steps_per_epoch=",
+    ):  # `_run_epoch` by keyword
         assert keyword in source
 
 

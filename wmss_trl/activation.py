@@ -121,7 +121,7 @@ class DataActivation:
                 stacklevel=3,
             )
         self.score_cache = self._make_score_cache(data_collator, lengths)
-        self._score_file = self._read_score_file() if args.score_file is not None else None
+        self.score_file = self._read_score_file() if args.score_file is not None else None
 
     def _count_tokens(self, documents: Dataset | None) -> np.ndarray:
         args = self.args
@@ -196,9 +196,8 @@ class DataActivation:
 
     def score(self) -> tuple[np.ndarray, np.ndarray]:
         """Entropies of the data set under the weak and under the strong model, nats."""
-        if self._score_file is not None:
-            table, self._score_file = self._score_file, None
-            return table.weak_entropy, table.strong_entropy
+        if self.score_file is not None and self.sampler.strong_entropy is None:  # for the first draw of the run
+            return self.score_file.weak_entropy, self.score_file.strong_entropy
         weak_entropy = self.sampler.weak_entropy  # it is frozen: once is enough
         strong = self._model_fingerprint()
         models, fingerprints = {"strong": lambda: nullcontext(self.model)}, {"strong": strong}

@@ -191,7 +191,8 @@ def length_batches(lengths: np.ndarray, batch_size: int = 8, tokens_per_batch: i
 
 def example_lengths(dataset: Dataset) -> np.ndarray:
     """Number of tokens of each example of a tokenized data set."""
-    return np.concatenate([ids.value_lengths().to_numpy() for ids in _list_arrays(dataset, "input_ids")])
+    lengths = (ids.value_lengths().to_numpy() for ids in _list_arrays(dataset, "input_ids"))
+    return np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
 
 
 def supervised_token_counts(dataset: Dataset) -> np.ndarray:
