@@ -581,15 +581,14 @@ def test_adapter_that_was_there_before_is_part_of_the_weak_model(make_trainer, m
             if "lora_B" in name:
                 parameter.data.normal_()
         trainer = make_trainer(model, num_train_epochs=2)
-    start = copy.deepcopy(trainer.weak_reference.model)
     inputs = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         expected = trainer.model.eval()(inputs).logits
     trainer.train()
     with trainer.weak_reference.activated() as weak:
         torch.testing.assert_close(weak(inputs).logits, expected)
+    with torch.no_grad():
         assert not torch.allclose(trainer.model.eval()(inputs).logits, expected)
-    assert_same_weights(trainer.weak_reference.model, start)
 
 
 def test_saved_adapter_holds_no_weak_model(make_trainer, make_model, tmp_path):

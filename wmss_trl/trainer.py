@@ -349,8 +349,8 @@ class WMSSTrainer(SFTTrainer):
         self._total_train_tokens += int(num_tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
-    # The overrides below give the weak-driven epochs their own data loader and length. Private to transformers, checked
-    # with 5.23: one data loader and one epoch length serve the whole run there.
+    # The overrides below give the weak-driven epochs their own data loader and length. Private to transformers,
+    # checked with 5.23: one data loader and one epoch length serve the whole run there.
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         values = super().set_initial_training_values(args, dataloader)

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import get_config_model_id
 
 from .lm_head import add_head_access, evaluating, unwrap_adapter
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from .config import WMSSConfig
+
+# Name of the weak adapter beside the strong one
+_WEAK_ADAPTER = "wmss_weak"
 
 
 class WeakReference:
@@ -84,8 +91,57 @@ class DisabledAdapter(WeakReference):
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
-        with evaluating(self.model), self.model.disable_adapter():
+        with keeping_requires_grad(self.model), evaluating(self.model), self.model.disable_adapter():
             yield self.model
+
+
+class NamedAdapter(WeakReference):
+    """
+    A second, frozen adapter beside the one that is trained, on the same base. It is not saved with the model.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The strong model, with the adapter.
+        name (`str`):
+            Name of the adapter.
+    """
+
+    def __init__(self, model: "PeftModel", name: str):
+        self.model = model
+        self.name = name
+        self.head_problem = None
+        for parameter in adapter_parameters(model, name).values():
+            parameter.requires_grad_(False)
+        trained = adapter_parameters(model, model.active_adapter)
+        self.fingerprint = fingerprint({n: p for n, p in model.named_parameters() if n not in trained})
+        save_pretrained = model.save_pretrained
+
+        def save_strong(save_directory: str, *args: Any, selected_adapters: list[str] | None = None, **kwargs: Any):
+            selected_adapters = selected_adapters or [adapter for adapter in model.peft_config if adapter != name]
+            return save_pretrained(save_directory, *args, selected_adapters=selected_adapters, **kwargs)
+
+        model.save_pretrained = save_strong
+
+    @contextmanager
+    def activated(self) -> Iterator[nn.Module]:
+        active = self.model.active_adapter
+        with keeping_requires_grad(self.model), evaluating(self.model):
+            try:
+                self.model.set_adapter(self.name, inference_mode=True)
+                yield self.model
+            finally:
+                self.model.set_adapter(active)
+
+
+@contextmanager
+def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Let PEFT switch adapters, which freezes and unfreezes them, without a trace."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
 
 
 def make_weak_reference(
@@ -131,10 +187,23 @@ def make_weak_reference(
             return DisabledAdapter(strong)
         if args.mixing_lambda == 1:
             return InitialModel(strong)
+        if is_peft_model(strong):
+            try:
+                return NamedAdapter(strong, copy_adapter(strong))
+            except ValueError as error:  # some adapters can only be there once
+                warnings.warn(
+                    f"The adapter cannot be kept beside itself as the weak model ({error}), so the whole model is "
+                    "copied, which takes the memory of a second base.",
+                    stacklevel=4,
+                )
         weak_model = frozen_copy(strong)
     else:
         if isinstance(weak_model, str):
             init_kwargs = {"trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
+            weak_model = split_revision(weak_model, init_kwargs)
+            if is_peft_model(strong) and (config := load_adapter_config(weak_model, init_kwargs)) is not None:
+                check_same_vocabulary(strong, strong, processing_class, load_tokenizer(weak_model))
+                return NamedAdapter(strong, load_adapter(strong, weak_model, config, init_kwargs))
             hub_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
             weak_tokenizer = load_tokenizer(weak_model, **hub_kwargs)
             weak_model = load_weak_model(weak_model, strong, **init_kwargs)
@@ -155,6 +224,104 @@ def keeps_base_weights(peft_config: "PeftConfig") -> bool:
     """Whether a new adapter leaves the base weights alone, unlike PiSSA, OLoRA and the like, which move part of them
     into the adapter."""
     return getattr(peft_config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva")
+
+
+def adapter_parameters(model: "PeftModel", name: str) -> dict[str, nn.Parameter]:
+    """Parameters of one adapter of a model, by their names."""
+    return {key: parameter for key, parameter in model.named_parameters() if re.search(rf"\.{name}(\.|$)", key)}
+
+
+def copy_adapter(model: "PeftModel") -> str:
+    """
+    Copy the active adapter of a model beside it.
+
+    Returns:
+        `str`: name of the copy.
+
+    Raises:
+        ValueError: If PEFT supports only one adapter of this kind in a model.
+    """
+    active = model.active_adapter
+    config = copy.deepcopy(model.peft_config[active])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA and the like would change the base a second time
+    with keeping_requires_grad(model), torch.random.fork_rng(devices=[]):
+        model.add_adapter(_WEAK_ADAPTER, config)
+        model.set_adapter(active)
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name in [name for name in state if re.search(rf"\.{active}(\.|$)", name)]:
+        weak_name = re.sub(rf"\.{active}(\.|$)", rf".{_WEAK_ADAPTER}\1", name)
+        state[weak_name].data = state[name].data.clone()
+    return _WEAK_ADAPTER
+
+
+def load_adapter_config(name_or_path: str, init_kwargs: dict[str, Any]) -> "PeftConfig | None":
+    """Configuration of the adapter in a folder or on the Hub, or `None` if there is a whole model."""
+    from peft import PeftConfig
+
+    hub_kwargs = {key: init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in init_kwargs}
+    if find_adapter_config_file(name_or_path, **hub_kwargs) is None:
+        return None
+    return PeftConfig.from_pretrained(name_or_path, **hub_kwargs)
+
+
+def load_adapter(strong: "PeftModel", name_or_path: str, config: "PeftConfig", init_kwargs: dict[str, Any]) -> str:
+    """
+    Load an adapter for the base of `strong` beside the one that it has.
+
+    Returns:
+        `str`: name of the adapter.
+
+    Raises:
+        ValueError: If the adapter is for another base or cannot be put beside the one of `strong`.
+    """
+    active = strong.active_adapter
+    remedy = "To use it anyway, merge it into its base (`merge_and_unload`) and pass the folder of the whole model."
+    bases = [config.base_model_name_or_path, strong.peft_config[active].base_model_name_or_path]
+    if all(bases) and not same_place(*bases):
+        raise ValueError(
+            f"`weak_model={name_or_path!r}` is an adapter for {bases[0]!r}, but the model is one for {bases[1]!r}. "
+            f"{remedy}"
+        )
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"`weak_model={name_or_path!r}` is an adapter of type {config.peft_type.value}, which adds virtual tokens "
+            f"that the model does not have. Use a method that keeps the sequence, such as LoRA."
+        )
+    unused = init_kwargs.keys() - {"revision", "token", "cache_dir", "trust_remote_code"}
+    if unused:
+        raise ValueError(
+            f"`weak_model_init_kwargs` {sorted(unused)} do not apply to an adapter, which is loaded onto the model's "
+            "own base. Remove them."
+        )
+    hub_kwargs = {key: init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in init_kwargs}
+    with keeping_requires_grad(strong), torch.random.fork_rng(devices=[]):
+        try:
+            strong.load_adapter(name_or_path, _WEAK_ADAPTER, is_trainable=False, **hub_kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`weak_model={name_or_path!r}` cannot be put beside the model's own adapter: {error}. {remedy}"
+            ) from error
+        strong.set_adapter(active)
+    return _WEAK_ADAPTER
+
+
+def same_place(first: str, second: str) -> bool:
+    """Whether two names stand for the same folder or the same hub id."""
+    return first == second or (Path(first).exists() and Path(first).resolve() == Path(second).resolve())
+
+
+def split_revision(name: str, init_kwargs: dict[str, Any]) -> str:
+    """Take the `@revision` of a hub id off and put it into the keyword arguments for loading."""
+    if "@" not in name or Path(name).exists():
+        return name
+    name, revision = name.split("@", 1)
+    if init_kwargs.setdefault("revision", revision) != revision:
+        raise ValueError(
+            f"The weak model {name!r} has the revision {revision!r} in its name and {init_kwargs['revision']!r} in "
+            "`weak_model_init_kwargs`. Keep one of them."
+        )
+    return name
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
