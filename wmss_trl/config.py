@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from .curriculum import CURRICULUM_VARIANTS
+from .schedules import make_lambda_schedule, schedule_name
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -24,7 +25,9 @@ def convert_arguments(args: TrainingArguments, cls: type[Arguments], **overrides
             Options that get another value.
     """
     options = args.to_dict()  # which hides the value of every `..._token` option
-    options |= {option: getattr(args, option) for option in options if option.endswith("_token")}
+    # A function is a name there
+    hidden = [option for option in options if option.endswith("_token") or option == "lambda_schedule"]
+    options |= {option: getattr(args, option) for option in hidden}
     names = {f.name for f in fields(cls) if f.init}
     return cls(**{option: value for option, value in options.items() if option in names} | overrides)
 
@@ -48,7 +51,12 @@ class WMSSConfig(SFTConfig):
             CE(z_mix)`. `0.0` is the published method. An insurance against losing to SFT, not an improvement (see the
             study in the documentation).
         lambda_schedule (`str`, *optional*, defaults to `"constant"`):
-            How `mixing_lambda` changes over training. Only `"constant"` is supported in this version.
+            How `mixing_lambda` changes over the weak-driven steps: `"constant"`, `"linear"` or `"cosine"` from
+            `mixing_lambda` to `final_mixing_lambda`, `"crossover"` (paper v2: `1 / (1 + sqrt(a))` with `a` the squared
+            ratio of the centered logit norms of strong and weak model, measured at the start of each weak-driven epoch
+            on a sample of the data), or a function of the progress in `[0, 1]`, itself or as `"package.module:name"`.
+        final_mixing_lambda (`float`, *optional*):
+            `mixing_lambda` at the last step of a `"linear"` or `"cosine"` schedule, in `(0, 1]`.
         sft_epochs (`int`, *optional*, defaults to `1`):
             Number of epochs of plain SFT (phase 1) before the weak-driven epochs. `0` starts from a model that is
             already fine-tuned.
@@ -122,7 +130,14 @@ class WMSSConfig(SFTConfig):
     )
     lambda_schedule: str = field(
         default="constant",
-        metadata={"help": "How mixing_lambda changes over training.", "choices": ["constant"]},
+        metadata={
+            "help": "How mixing_lambda changes over the weak-driven steps: constant, linear, cosine, crossover, or a "
+            "function `package.module:name` of the progress."
+        },
+    )
+    final_mixing_lambda: float | None = field(
+        default=None,
+        metadata={"help": "mixing_lambda at the last step of a linear or cosine schedule, in (0, 1]."},
     )
     sft_epochs: int = field(
         default=1,
@@ -217,7 +232,18 @@ class WMSSConfig(SFTConfig):
     @property
     def uses_weak_model(self) -> bool:
         """Whether any part of the method (mixed loss or curriculum) asks for a weak model."""
-        return self.curriculum or self.mixing_lambda < 1
+        return self.curriculum or self.mixes_logits
+
+    @property
+    def mixes_logits(self) -> bool:
+        """Whether training steps use weak logits: not with a `mixing_lambda` of 1 throughout."""
+        return self.lambda_schedule != "constant" or self.mixing_lambda < 1
+
+    def to_dict(self) -> dict[str, Any]:
+        options = super().to_dict()
+        if "lambda_schedule" in options:
+            options["lambda_schedule"] = schedule_name(self.lambda_schedule)
+        return options
 
     @property
     def draw_seed(self) -> int:
@@ -240,11 +266,12 @@ class WMSSConfig(SFTConfig):
                 f"`mixing_lambda` must be in (0, 1], got {self.mixing_lambda}. At 0 the strong model gets no "
                 "gradient; 1 is plain SFT; the paper uses 0.5."
             )
+        self._check_lambda_schedule()
         if not 0 <= self.anchor_weight < 1:
             raise ValueError(
                 f"`anchor_weight` must be in [0, 1), got {self.anchor_weight}. For plain SFT set `mixing_lambda=1.0`."
             )
-        for option, supported in (("lambda_schedule", "constant"), ("train_weak", False), ("weak_refresh", "never")):
+        for option, supported in (("train_weak", False), ("weak_refresh", "never")):
             value = getattr(self, option)
             if value != supported:
                 raise ValueError(
@@ -301,12 +328,12 @@ class WMSSConfig(SFTConfig):
             )
         if self.logits_buffer_mb < 1:
             raise ValueError(f"`logits_buffer_mb` must be >= 1, got {self.logits_buffer_mb}. The default is 256.")
-        if self.mixing_lambda < 1 and self.loss_type != "nll":
+        if self.mixes_logits and self.loss_type != "nll":
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` cannot be combined with the mixed loss, which is defined on the "
                 "cross-entropy. Use `loss_type='nll'`, or `mixing_lambda=1.0` for the curriculum alone."
             )
-        if self.mixing_lambda < 1 and self.label_smoothing_factor != 0:
+        if self.mixes_logits and self.label_smoothing_factor != 0:
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` cannot be combined with the mixed loss. Set "
                 "it to 0.0."
@@ -326,3 +353,26 @@ class WMSSConfig(SFTConfig):
                 f"`train_sampling_strategy={self.train_sampling_strategy!r}` cannot be combined with "
                 "`curriculum=True`. Use 'random', 'sequential' or 'group_by_length', or set `curriculum=False`."
             )
+
+    def _check_lambda_schedule(self) -> None:
+        schedule, final = self.lambda_schedule, self.final_mixing_lambda
+        if schedule in ("linear", "cosine"):
+            if final is None or not 0 < final <= 1:
+                raise ValueError(
+                    f"`lambda_schedule={schedule!r}` needs a `final_mixing_lambda` in (0, 1], got {final}. Set it to "
+                    "the value of the last step."
+                )
+            return
+        if final is not None:
+            raise ValueError(
+                f"`final_mixing_lambda={final}` is for the schedules 'linear' and 'cosine', but `lambda_schedule` is "
+                f"{schedule_name(schedule)!r}. Remove one of them."
+            )
+        if schedule == "crossover":
+            if self.mixing_lambda != type(self).mixing_lambda:
+                raise ValueError(
+                    f"`mixing_lambda={self.mixing_lambda}` is not used with `lambda_schedule='crossover'`, which "
+                    "measures it. Remove one of them."
+                )
+            return
+        make_lambda_schedule(schedule, self.mixing_lambda)

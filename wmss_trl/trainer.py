@@ -28,11 +28,13 @@ from trl.trainer.utils import get_config_model_id
 from .activation import DataActivation
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
-from .diagnostics import log_image, plot_redraw
+from .diagnostics import crossover_lambda, log_image, plot_redraw
 from .epochs import EpochPlan
-from .lm_head import HeadOutput, LMHead, add_head_access, unwrap_adapter
+from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
+from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
+from .scoring import undisturbed_random_state
 from .weak import WeakReference, make_weak_reference
 
 if TYPE_CHECKING:
@@ -151,6 +153,13 @@ class WMSSTrainer(SFTTrainer):
         # A step outside `train` uses the loss that the run starts with
         self._weak_driven = args.sft_epochs == 0
         self._plan: EpochPlan | None = None
+        self._lambda_schedule: LambdaSchedule | None = None
+        # Of the schedule "crossover": the epoch and the value that was measured at its start
+        self._crossover: tuple[int, float] | None = None
+        if args.lambda_schedule != "crossover":
+            self._lambda_schedule = make_lambda_schedule(
+                args.lambda_schedule, args.mixing_lambda, args.final_mixing_lambda
+            )
         self.weak_reference: WeakReference | None = None
         self.curriculum_sampler: CurriculumSampler | None = None
         if not args.uses_weak_model:
@@ -169,6 +178,12 @@ class WMSSTrainer(SFTTrainer):
         if self._full_logits:
             because = "; ".join(f"because of the {name}: {problem}" for name, problem in problems.items() if problem)
             warnings.warn(f"Loss and scores need the full logits, which take more memory, {because}.", stacklevel=2)
+        if args.lambda_schedule == "crossover" and (self._full_logits or streaming):
+            problem = "`train_dataset` is streaming" if streaming else "a model's logits are not those of its LM head"
+            raise ValueError(
+                "`lambda_schedule='crossover'` measures the logits of both LM heads on a sample of the data set, but "
+                f"{problem}. Use another schedule."
+            )
         self._activation: DataActivation | None = None
         if args.curriculum:
             self._activation = DataActivation(
@@ -248,16 +263,18 @@ class WMSSTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The loss of `SFTTrainer` in phase 1 and in evaluation, the mixed loss in a weak-driven epoch."""
-        mixing_lambda = self.args.mixing_lambda
-        if not self.model.training or not self._weak_driven or mixing_lambda == 1:
+        if not self.model.training or not self._weak_driven or not self.args.mixes_logits:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+        mixing_lambda = self._mixing_lambda()
         targets = next_token_targets(inputs["labels"])
         model_inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
         if self._full_logits or return_outputs:
-            mixed, outputs = self._mixed_loss_on_full_logits(model, model_inputs, targets, num_items_in_batch)
+            mixed, outputs = self._mixed_loss_on_full_logits(
+                model, model_inputs, targets, mixing_lambda, num_items_in_batch
+            )
         else:
-            mixed, outputs = self._mixed_loss(model, model_inputs, targets, num_items_in_batch)
+            mixed, outputs = self._mixed_loss(model, model_inputs, targets, mixing_lambda, num_items_in_batch)
         # As in SFTTrainer: the items are counted over all processes, whose gradients DDP averages, and the auxiliary
         # loss of a mixture of experts is a mean over one batch
         loss = mixed.loss
@@ -270,8 +287,44 @@ class WMSSTrainer(SFTTrainer):
         self._record(mixed, mixing_lambda, inputs)
         return (loss, outputs) if return_outputs else loss
 
+    def _mixing_lambda(self) -> float:
+        """The weight of the strong model at the current step."""
+        if self.args.lambda_schedule == "crossover":
+            _, value = self._crossover
+            return value
+        if self._plan is None:
+            return self._lambda_schedule(0.0)
+        first = self._plan.total_steps(self.args.sft_epochs)
+        progress = (self.state.global_step - first) / max(1, self.state.max_steps - 1 - first)
+        return self._lambda_schedule(min(progress, 1.0))
+
+    def _measure_crossover(self) -> float:
+        """Crossover of both models' logits over the supervised tokens of up to 256 examples (paper v2)."""
+        dataset, collator = self.train_dataset, self.data_collator
+        if self._activation is not None:
+            dataset, collator = self._activation.dataset, self._activation.score_cache.data_collator
+        sample = dataset.shuffle(seed=self.args.draw_seed).select(range(min(256, len(dataset))))
+        norms = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        batch_size = self.args.per_device_eval_batch_size
+        with undisturbed_random_state(), evaluating(self.model), self.accelerator.autocast():
+            for start in range(0, len(sample), batch_size):
+                batch = self._prepare_inputs(
+                    collator([*sample.select(range(start, min(start + batch_size, len(sample))))])
+                )
+                targets = next_token_targets(batch.pop("labels"))
+                mixed, _ = self._mixed_loss(self.model, batch, targets, 0.5, None, logit_statistics=True)
+                norms += torch.stack([mixed.strong_logit_norm.sum(), mixed.weak_logit_norm.sum()])
+        strong_norm, weak_norm = self.accelerator.reduce(norms, reduction="sum").tolist()
+        return crossover_lambda(strong_norm, weak_norm)
+
     def _mixed_loss(
-        self, model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor, num_items: torch.Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        targets: torch.Tensor,
+        mixing_lambda: float,
+        num_items: torch.Tensor | int | None,
+        logit_statistics: bool = False,
     ) -> tuple[MixedLossOutput, HeadOutput]:
         """The fused form, on the hidden states of the positions that have a target."""
         positions = (targets != -100).nonzero().squeeze(-1)
@@ -287,7 +340,7 @@ class WMSSTrainer(SFTTrainer):
                 weak_hidden,
                 weak_head.weight,
                 targets[positions],
-                self.args.mixing_lambda,
+                mixing_lambda,
                 head.bias,
                 weak_head.bias,
                 num_items=num_items,
@@ -298,6 +351,7 @@ class WMSSTrainer(SFTTrainer):
                 strong_softcap=head.softcap,
                 weak_softcap=weak_head.softcap,
                 buffer_bytes=self.args.logits_buffer_mb * 2**20,
+                logit_statistics=logit_statistics,
             )
 
         if self.aux_loss_enabled:
@@ -306,7 +360,12 @@ class WMSSTrainer(SFTTrainer):
         return outputs.value, outputs
 
     def _mixed_loss_on_full_logits(
-        self, model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor, num_items: torch.Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        targets: torch.Tensor,
+        mixing_lambda: float,
+        num_items: torch.Tensor | int | None,
     ) -> tuple[MixedLossOutput, ModelOutput]:
         """For a model whose logits are not those of a linear head."""
         with self.weak_reference.activated() as weak:
@@ -315,8 +374,11 @@ class WMSSTrainer(SFTTrainer):
             inputs = inputs | {"output_router_logits": True}
         outputs = model(**inputs)
         logits = outputs.logits.flatten(0, 1)
-        lam, anchor = self.args.mixing_lambda, self.args.anchor_weight
-        return mixed_loss(logits, weak_logits, targets, lam, num_items=num_items, anchor_weight=anchor), outputs
+        anchor_weight = self.args.anchor_weight
+        mixed = mixed_loss(
+            logits, weak_logits, targets, mixing_lambda, num_items=num_items, anchor_weight=anchor_weight
+        )
+        return mixed, outputs
 
     @torch.no_grad()
     def _record(self, mixed: MixedLossOutput, mixing_lambda: float, inputs: dict[str, Any]) -> None:
@@ -386,19 +448,24 @@ class WMSSTrainer(SFTTrainer):
             if resume_from_checkpoint is not None:
                 epoch, steps = self._plan.locate(self.state.global_step)
                 batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+        self._crossover = None
         # Without this file it is a checkpoint of plain SFT, from which any run may go on
         if resume_from_checkpoint is not None and self.weak_reference is not None:
             state = Path(resume_from_checkpoint) / self.STATE_FILE
             if state.exists():
                 self._check_same_run(state)
+                self._crossover = json.loads(state.read_text())["crossover"]
                 if self.curriculum_sampler is not None:
                     self.curriculum_sampler.load(resume_from_checkpoint)
         return epoch, batches
 
     def _identity(self) -> dict[str, Any]:
         """What a run depends on and a resumed one must not change, in JSON types."""
-        options = ["mixing_lambda", "anchor_weight", "sft_epochs", "curriculum"]
-        identity = {"weak_model": self.weak_reference.fingerprint}
+        options = ["mixing_lambda", "final_mixing_lambda", "anchor_weight", "sft_epochs", "curriculum"]
+        identity = {
+            "weak_model": self.weak_reference.fingerprint,
+            "lambda_schedule": schedule_name(self.args.lambda_schedule),
+        }
         if self.curriculum_sampler is not None:
             identity["train_dataset"] = self._activation.fingerprint
             options += [
@@ -417,7 +484,7 @@ class WMSSTrainer(SFTTrainer):
         return {option: getattr(self.args, option) for option in options} | identity
 
     def _check_same_run(self, state: Path) -> None:
-        before, now = json.loads(state.read_text()), self._identity()
+        before, now = json.loads(state.read_text())["run"], self._identity()
         changed = [
             f"`{key}`: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
@@ -455,6 +522,8 @@ class WMSSTrainer(SFTTrainer):
                 train_dataloader = self._active_dataloader
             else:
                 self._activation.score_initial_model()
+        if self._weak_driven and self.args.lambda_schedule == "crossover" and (self._crossover or [None])[0] != epoch:
+            self._crossover = epoch, self._measure_crossover()
         super()._run_epoch(
             epoch=epoch,
             train_dataloader=train_dataloader,
@@ -468,7 +537,8 @@ class WMSSTrainer(SFTTrainer):
             # Before the rest, so that a checkpoint with a trainer state always has its draw
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / self.STATE_FILE).write_text(json.dumps(self._identity(), indent=1))
+            state = {"run": self._identity(), "crossover": self._crossover}
+            (folder / self.STATE_FILE).write_text(json.dumps(state, indent=1))
             if self.curriculum_sampler is not None:
                 self.curriculum_sampler.save(folder)
         super()._save_checkpoint(model, trial)

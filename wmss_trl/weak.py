@@ -185,7 +185,7 @@ def make_weak_reference(
     if weak_model is None:
         if peft_config is not None and keeps_base_weights(peft_config):
             return DisabledAdapter(strong)
-        if args.mixing_lambda == 1:
+        if not args.mixes_logits:
             return InitialModel(strong)
         if is_peft_model(strong):
             try:
