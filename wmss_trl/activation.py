@@ -198,12 +198,14 @@ class DataActivation:
         """Entropies of the data set under the weak and under the strong model, nats."""
         if self.score_file is not None and self.sampler.strong_entropy is None:  # for the first draw of the run
             return self.score_file.weak_entropy, self.score_file.strong_entropy
-        weak_entropy = self.sampler.weak_entropy  # it is frozen: once is enough
+        weak_entropy = self.sampler.weak_entropy
+        if self.weak_reference.trained and self.sampler.strong_entropy is not None:
+            weak_entropy = None  # has changed since the last draw
         strong = self._model_fingerprint()
         models, fingerprints = {"strong": lambda: nullcontext(self.model)}, {"strong": strong}
         if weak_entropy is None and strong != self.initial_model:
             models["weak"] = self.weak_reference.activated
-            fingerprints["weak"] = self.weak_reference.fingerprint
+            fingerprints["weak"] = self.weak_reference.current_fingerprint()
         with self.accelerator.autocast():
             entropies = self.score_cache.score(models, fingerprints)
         if weak_entropy is None:

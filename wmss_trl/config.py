@@ -61,8 +61,9 @@ class WMSSConfig(SFTConfig):
             Number of epochs of plain SFT (phase 1) before the weak-driven epochs. `0` starts from a model that is
             already fine-tuned.
         train_weak (`bool`, *optional*, defaults to `False`):
-            Whether the weak model is trained on the mixed loss as well (the paper's Algorithm 1). Only `False` is
-            supported in this version.
+            Whether the weak model is trained on the mixed loss as well (the paper's Algorithm 1). It then needs the
+            memory of a second model that is trained, or with LoRA of a second adapter. Only the strong model is
+            evaluated and saved; checkpoints hold the weak one in `weak_model`.
         weak_refresh (`str`, *optional*, defaults to `"never"`):
             When the weak model is replaced by a later state of the strong model. Only `"never"` is supported in this
             version.
@@ -145,7 +146,7 @@ class WMSSConfig(SFTConfig):
     )
     train_weak: bool = field(
         default=False,
-        metadata={"help": "Whether the weak model is trained too. Only False is supported in this version."},
+        metadata={"help": "Whether the weak model is trained too, as in the paper's Algorithm 1."},
     )
     weak_refresh: str = field(
         default="never",
@@ -271,12 +272,15 @@ class WMSSConfig(SFTConfig):
             raise ValueError(
                 f"`anchor_weight` must be in [0, 1), got {self.anchor_weight}. For plain SFT set `mixing_lambda=1.0`."
             )
-        for option, supported in (("train_weak", False), ("weak_refresh", "never")):
-            value = getattr(self, option)
-            if value != supported:
-                raise ValueError(
-                    f"`{option}={value!r}` is not supported in this version. Use `{option}={supported!r}`."
-                )
+        if self.weak_refresh != "never":
+            raise ValueError(
+                f"`weak_refresh={self.weak_refresh!r}` is not supported in this version. Use `weak_refresh='never'`."
+            )
+        if self.train_weak and not self.mixes_logits:
+            raise ValueError(
+                "`train_weak=True` with `mixing_lambda=1.0` gives the weak model no gradient. Lower `mixing_lambda`, "
+                "or set `train_weak=False`."
+            )
         if isinstance(self.sft_epochs, bool) or int(self.sft_epochs) != self.sft_epochs or self.sft_epochs < 0:
             raise ValueError(
                 f"`sft_epochs` must be a whole number >= 0, got {self.sft_epochs}. Use 0 to start from a model that "

@@ -84,6 +84,7 @@ class WMSSTrainer(SFTTrainer):
     _tag_names = ["trl", "sft", "wmss"]  # noqa: RUF012
     _name = "WMSS"
     STATE_FILE = "wmss_state.json"
+    WEAK_FOLDER = "weak_model"
     _paper = {  # noqa: RUF012
         "title": "Weak-Driven Learning: How Weak Agents make Strong Agents Stronger",
         "id": "2602.08222",
@@ -132,6 +133,14 @@ class WMSSTrainer(SFTTrainer):
                 f"and `sft_epochs={args.sft_epochs}`. Load the data set without `streaming=True`, or set "
                 "`curriculum=False` and `sft_epochs=0`."
             )
+        if args.train_weak and args.sft_epochs:
+            if args.ddp_find_unused_parameters is False:
+                raise ValueError(
+                    "`ddp_find_unused_parameters=False` cannot be combined with `train_weak=True` and "
+                    f"`sft_epochs={args.sft_epochs}`, since phase 1 does not use the weak model. Remove it, or set "
+                    "`sft_epochs=0`."
+                )
+            args.ddp_find_unused_parameters = True
         self._documents: Dataset | None = None
         super().__init__(
             model=model,
@@ -328,7 +337,7 @@ class WMSSTrainer(SFTTrainer):
     ) -> tuple[MixedLossOutput, HeadOutput]:
         """The fused form, on the hidden states of the positions that have a target."""
         positions = (targets != -100).nonzero().squeeze(-1)
-        with self.weak_reference.activated() as weak:
+        with self.weak_reference.activated_for_training() as weak:
             weak_hidden, weak_head = weak(
                 **inputs, positions=positions, with_lm_head=lambda hidden, head: (hidden, head)
             ).value
@@ -368,7 +377,7 @@ class WMSSTrainer(SFTTrainer):
         num_items: torch.Tensor | int | None,
     ) -> tuple[MixedLossOutput, ModelOutput]:
         """For a model whose logits are not those of a linear head."""
-        with self.weak_reference.activated() as weak:
+        with self.weak_reference.activated_for_training() as weak:
             weak_logits = weak(**inputs).logits.flatten(0, 1)
         if self.aux_loss_enabled:
             inputs = inputs | {"output_router_logits": True}
@@ -465,6 +474,7 @@ class WMSSTrainer(SFTTrainer):
         identity = {
             "weak_model": self.weak_reference.fingerprint,
             "lambda_schedule": schedule_name(self.args.lambda_schedule),
+            "train_weak": self.args.train_weak,
         }
         if self.curriculum_sampler is not None:
             identity["train_dataset"] = self._activation.fingerprint
@@ -541,7 +551,18 @@ class WMSSTrainer(SFTTrainer):
             (folder / self.STATE_FILE).write_text(json.dumps(state, indent=1))
             if self.curriculum_sampler is not None:
                 self.curriculum_sampler.save(folder)
+            if self.weak_reference.trained:
+                self.weak_reference.save(folder / self.WEAK_FOLDER)
         super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weak = self.weak_reference
+        if weak is None or not weak.trained:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with weak.detached():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        weak.load(Path(resume_from_checkpoint) / self.WEAK_FOLDER)
 
     def _prepare_dataset(
         self,

@@ -2,10 +2,9 @@
 
 import copy
 import hashlib
-import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +13,24 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import get_config_model_id
 
+from .adapters import (
+    active_adapter,
+    adapter_parameters,
+    copy_adapter,
+    keeping_requires_grad,
+    load_adapter,
+    load_adapter_config,
+    recomputing_with,
+    sibling,
+)
 from .lm_head import add_head_access, evaluating, unwrap_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from .config import WMSSConfig
-
-# Name of the weak adapter beside the strong one
-_WEAK_ADAPTER = "wmss_weak"
 
 
 class WeakReference:
@@ -39,6 +44,8 @@ class WeakReference:
             Why its logits cannot be computed from its LM head, see [`~wmss_trl.lm_head.add_head_access`].
     """
 
+    trained = False
+
     def __init__(self, model: PreTrainedModel, head_problem: str | None = None):
         self.model = model.requires_grad_(False).eval()
         self.head_problem = head_problem
@@ -49,6 +56,14 @@ class WeakReference:
         """The model to call for weak logits, in eval mode and without gradients while the context lasts."""
         with torch.no_grad():
             yield self.model
+
+    def activated_for_training(self) -> AbstractContextManager[nn.Module]:
+        """The model to call in a training step: with gradients if it is trained, or else like `activated`."""
+        return self.activated()
+
+    def current_fingerprint(self) -> str:
+        """Identity of the weights as they are now; `fingerprint` is that of the start."""
+        return self.fingerprint
 
 
 class InitialModel(WeakReference):
@@ -112,8 +127,7 @@ class NamedAdapter(WeakReference):
         self.head_problem = None
         for parameter in adapter_parameters(model, name).values():
             parameter.requires_grad_(False)
-        trained = adapter_parameters(model, model.active_adapter)
-        self.fingerprint = fingerprint({n: p for n, p in model.named_parameters() if n not in trained})
+        self.fingerprint = fingerprint(self._parameters())
         save_pretrained = model.save_pretrained
 
         def save_strong(save_directory: str, *args: Any, selected_adapters: list[str] | None = None, **kwargs: Any):
@@ -122,26 +136,116 @@ class NamedAdapter(WeakReference):
 
         model.save_pretrained = save_strong
 
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        strong = adapter_parameters(self.model, self.model.active_adapter)
+        return {name: parameter for name, parameter in self.model.named_parameters() if name not in strong}
+
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
+        with evaluating(self.model), active_adapter(self.model, self.name):
+            yield self.model
+
+
+class TrainedModel(WeakReference):
+    """
+    A weak model of its own that is trained with the strong one (the paper's Algorithm 1).
+
+    It becomes a submodule of the strong model, so that one optimizer, gradient clipping and data parallelism cover
+    both; it is taken off while that is saved.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The weak model.
+        strong ([`~transformers.PreTrainedModel`]):
+            The strong model.
+        head_problem (`str`, *optional*):
+            See [`WeakReference`].
+    """
+
+    trained = True
+
+    def __init__(self, model: PreTrainedModel, strong: PreTrainedModel, head_problem: str | None = None):
+        self.model = model.requires_grad_(True)
+        self.strong = strong
+        self.head_problem = head_problem
+        self.fingerprint = fingerprint(dict(model.named_parameters()))
+        strong.add_module("weak_branch", model)
+        save_pretrained = strong.save_pretrained
+
+        def save_strong(*args: Any, **kwargs: Any) -> Any:
+            with self.detached():
+                return save_pretrained(*args, **kwargs)
+
+        strong.save_pretrained = save_strong
+
+    @contextmanager
+    def activated(self) -> Iterator[nn.Module]:
+        with evaluating(self.model):
+            yield self.model
+
+    @contextmanager
+    def activated_for_training(self) -> Iterator[nn.Module]:
+        yield self.model
+
+    def current_fingerprint(self) -> str:
+        return fingerprint(dict(self.model.named_parameters()))
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        branch = self.strong._modules.pop("weak_branch", None)
+        try:
+            yield
+        finally:
+            if branch is not None:
+                self.strong.add_module("weak_branch", branch)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+
+class TrainedAdapter(NamedAdapter):
+    """
+    A second adapter beside the strong one on the same base, trained with it (the paper's Algorithm 1).
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The strong model, with both adapters.
+        name (`str`):
+            Name of the weak adapter.
+    """
+
+    trained = True
+
+    def __init__(self, model: "PeftModel", name: str):
+        super().__init__(model, name)
+        for key, parameter in adapter_parameters(model, model.active_adapter).items():
+            weak_key = sibling(key, model.active_adapter, name)
+            model.get_parameter(weak_key).requires_grad_(parameter.requires_grad)
+
+    def current_fingerprint(self) -> str:
+        return fingerprint(self._parameters())
+
+    @contextmanager
+    def activated_for_training(self) -> Iterator[nn.Module]:
+        with active_adapter(self.model, self.name), recomputing_with(self.model, self.name):
+            yield self.model
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        yield  # the strong adapter is loaded by its name
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, selected_adapters=[self.name])
+
+    def load(self, folder: Path) -> None:
         active = self.model.active_adapter
-        with keeping_requires_grad(self.model), evaluating(self.model):
-            try:
-                self.model.set_adapter(self.name, inference_mode=True)
-                yield self.model
-            finally:
-                self.model.set_adapter(active)
-
-
-@contextmanager
-def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Let PEFT switch adapters, which freezes and unfreezes them, without a trace."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
+        with keeping_requires_grad(self.model):
+            self.model.load_adapter(str(folder / self.name), self.name, is_trainable=True)
+            self.model.set_adapter(active)
 
 
 def make_weak_reference(
@@ -177,20 +281,26 @@ def make_weak_reference(
     if weak_model is not None and name is not None:
         raise ValueError(f"Both `weak_model` and `weak_model_name_or_path={name!r}` are set. Keep one of them.")
     weak_model = name if weak_model is None else weak_model
+    beside = TrainedAdapter if args.train_weak else NamedAdapter
     if init_kwargs and not isinstance(weak_model, str):
         raise ValueError(
             f"`weak_model_init_kwargs={init_kwargs}` apply to a weak model that is loaded by name or path. Set "
             "`weak_model_name_or_path`, or remove them."
         )
     if weak_model is None:
-        if peft_config is not None and keeps_base_weights(peft_config):
+        if peft_config is not None and keeps_base_weights(peft_config) and not args.train_weak:
             return DisabledAdapter(strong)
         if not args.mixes_logits:
             return InitialModel(strong)
         if is_peft_model(strong):
             try:
-                return NamedAdapter(strong, copy_adapter(strong))
+                return beside(strong, copy_adapter(strong))
             except ValueError as error:  # some adapters can only be there once
+                if args.train_weak:
+                    raise ValueError(
+                        f"`train_weak=True` needs a second adapter beside the model's own, but {error}. Set "
+                        "`train_weak=False`, or use another adapter."
+                    ) from error
                 warnings.warn(
                     f"The adapter cannot be kept beside itself as the weak model ({error}), so the whole model is "
                     "copied, which takes the memory of a second base.",
@@ -203,7 +313,7 @@ def make_weak_reference(
             weak_model = split_revision(weak_model, init_kwargs)
             if is_peft_model(strong) and (config := load_adapter_config(weak_model, init_kwargs)) is not None:
                 check_same_vocabulary(strong, strong, processing_class, load_tokenizer(weak_model))
-                return NamedAdapter(strong, load_adapter(strong, weak_model, config, init_kwargs))
+                return beside(strong, load_adapter(strong, weak_model, config, init_kwargs))
             hub_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
             weak_tokenizer = load_tokenizer(weak_model, **hub_kwargs)
             weak_model = load_weak_model(weak_model, strong, **init_kwargs)
@@ -217,98 +327,22 @@ def make_weak_reference(
             weak_tokenizer = load_tokenizer(folder) if folder and Path(folder).is_dir() else None
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
     head_problem = add_head_access(unwrap_adapter(weak_model))
-    return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True), head_problem)
+    if not args.train_weak:
+        return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True), head_problem)
+    if is_peft_model(strong):
+        raise ValueError(
+            "`train_weak=True` trains a second adapter beside the model's own, but `weak_model` is a whole model. "
+            "Pass the folder of an adapter for the same base, or no `weak_model`."
+        )
+    if getattr(weak_model, "is_quantized", False):
+        raise ValueError("`train_weak=True` cannot train a quantised `weak_model`. Load it without quantisation.")
+    return TrainedModel(accelerator.prepare_model(weak_model, evaluation_mode=True), strong, head_problem)
 
 
 def keeps_base_weights(peft_config: "PeftConfig") -> bool:
     """Whether a new adapter leaves the base weights alone, unlike PiSSA, OLoRA and the like, which move part of them
     into the adapter."""
     return getattr(peft_config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva")
-
-
-def adapter_parameters(model: "PeftModel", name: str) -> dict[str, nn.Parameter]:
-    """Parameters of one adapter of a model, by their names."""
-    return {key: parameter for key, parameter in model.named_parameters() if re.search(rf"\.{name}(\.|$)", key)}
-
-
-def copy_adapter(model: "PeftModel") -> str:
-    """
-    Copy the active adapter of a model beside it.
-
-    Returns:
-        `str`: name of the copy.
-
-    Raises:
-        ValueError: If PEFT supports only one adapter of this kind in a model.
-    """
-    active = model.active_adapter
-    config = copy.deepcopy(model.peft_config[active])
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # PiSSA and the like would change the base a second time
-    with keeping_requires_grad(model), torch.random.fork_rng(devices=[]):
-        model.add_adapter(_WEAK_ADAPTER, config)
-        model.set_adapter(active)
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name in [name for name in state if re.search(rf"\.{active}(\.|$)", name)]:
-        weak_name = re.sub(rf"\.{active}(\.|$)", rf".{_WEAK_ADAPTER}\1", name)
-        state[weak_name].data = state[name].data.clone()
-    return _WEAK_ADAPTER
-
-
-def load_adapter_config(name_or_path: str, init_kwargs: dict[str, Any]) -> "PeftConfig | None":
-    """Configuration of the adapter in a folder or on the Hub, or `None` if there is a whole model."""
-    from peft import PeftConfig
-
-    hub_kwargs = {key: init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in init_kwargs}
-    if find_adapter_config_file(name_or_path, **hub_kwargs) is None:
-        return None
-    return PeftConfig.from_pretrained(name_or_path, **hub_kwargs)
-
-
-def load_adapter(strong: "PeftModel", name_or_path: str, config: "PeftConfig", init_kwargs: dict[str, Any]) -> str:
-    """
-    Load an adapter for the base of `strong` beside the one that it has.
-
-    Returns:
-        `str`: name of the adapter.
-
-    Raises:
-        ValueError: If the adapter is for another base or cannot be put beside the one of `strong`.
-    """
-    active = strong.active_adapter
-    remedy = "To use it anyway, merge it into its base (`merge_and_unload`) and pass the folder of the whole model."
-    bases = [config.base_model_name_or_path, strong.peft_config[active].base_model_name_or_path]
-    if all(bases) and not same_place(*bases):
-        raise ValueError(
-            f"`weak_model={name_or_path!r}` is an adapter for {bases[0]!r}, but the model is one for {bases[1]!r}. "
-            f"{remedy}"
-        )
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"`weak_model={name_or_path!r}` is an adapter of type {config.peft_type.value}, which adds virtual tokens "
-            f"that the model does not have. Use a method that keeps the sequence, such as LoRA."
-        )
-    unused = init_kwargs.keys() - {"revision", "token", "cache_dir", "trust_remote_code"}
-    if unused:
-        raise ValueError(
-            f"`weak_model_init_kwargs` {sorted(unused)} do not apply to an adapter, which is loaded onto the model's "
-            "own base. Remove them."
-        )
-    hub_kwargs = {key: init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in init_kwargs}
-    with keeping_requires_grad(strong), torch.random.fork_rng(devices=[]):
-        try:
-            strong.load_adapter(name_or_path, _WEAK_ADAPTER, is_trainable=False, **hub_kwargs)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"`weak_model={name_or_path!r}` cannot be put beside the model's own adapter: {error}. {remedy}"
-            ) from error
-        strong.set_adapter(active)
-    return _WEAK_ADAPTER
-
-
-def same_place(first: str, second: str) -> bool:
-    """Whether two names stand for the same folder or the same hub id."""
-    return first == second or (Path(first).exists() and Path(first).resolve() == Path(second).resolve())
 
 
 def split_revision(name: str, init_kwargs: dict[str, Any]) -> str:

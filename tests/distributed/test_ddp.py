@@ -39,6 +39,15 @@ ONE = {"per_device_train_batch_size": 4}
 PACKED = {"packing": True, "max_length": 40, "per_device_train_batch_size": 1}
 
 
+OTHERS = {
+    "packed": PACKED,
+    "joint": {"train_weak": True, "mixing_lambda": 0.4},
+    "joint-lora": {"train_weak": True, "mixing_lambda": 0.4, "lora": True, "activation_checkpointing": True},
+    "lora": {"lora": True},
+}
+RUNS = ["full", *OTHERS]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ddp")
@@ -46,19 +55,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_runs(folder):
-    """A run, and one that packs, with a checkpoint of every step."""
-    packed = {"output_dir": str(folder / "packed"), **PACKED}
-    return launch(folder, 2, {}, packed, save_strategy="steps", save_steps=1, **OPTIONS)
+    """Runs of each kind, with a checkpoint of every step."""
+    others = [{"output_dir": str(folder / name), **options} for name, options in OTHERS.items()]
+    return launch(folder, 2, {}, *others, save_strategy="steps", save_steps=1, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def single_runs(folder):
     one = ONE | {"output_dir": str(folder / "one"), "save_strategy": "steps", "save_steps": 1}
-    packed = PACKED | {"per_device_train_batch_size": 2, "output_dir": str(folder / "one-packed")}
-    return launch(folder, 1, OPTIONS | one, OPTIONS | packed)
+    others = [
+        options
+        | {"output_dir": str(folder / f"one-{name}"), "per_device_train_batch_size": 2 if name == "packed" else 4}
+        for name, options in OTHERS.items()
+    ]
+    return launch(folder, 1, one, *others, **OPTIONS)
 
 
-@pytest.mark.parametrize("run", [0, 1], ids=["padded", "packed"])
+@pytest.mark.parametrize("run", range(len(RUNS)), ids=RUNS)
 def test_two_processes_equal_one_at_the_same_global_batch(whole_runs, single_runs, run):
     (single,) = single_runs[run]
     for ours in whole_runs[run]:
@@ -71,7 +84,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(whole_runs, single_run
         np.testing.assert_allclose(ours["weights"], single["weights"], atol=1e-5)
 
 
-@pytest.mark.parametrize("run", [0, 1], ids=["padded", "packed"])
+@pytest.mark.parametrize("run", range(len(RUNS)), ids=RUNS)
 def test_ranks_agree_exactly(whole_runs, run):
     first, second = whole_runs[run]
     for key in first.keys() - {"last_epoch"}:
@@ -88,15 +101,14 @@ def test_ranks_share_the_active_set(whole_runs):
 
 def test_a_run_on_two_processes_stopped_after_any_step_and_resumed_ends_the_same(folder, whole_runs):
     """In new processes. In the middle of an epoch accelerate's SkipBatchSampler hides a custom sampler."""
-    whole, packed = whole_runs
     resumptions, expected = [], []
-    for name, options, run in (("run", {}, whole), ("packed", PACKED, packed)):
-        steps = len(run[0]["losses"])
-        for step in range(1, steps) if name == "run" else (steps // 2, steps - 2):
+    for name, run in zip(("run", *OTHERS), whole_runs, strict=True):
+        options, steps = OTHERS.get(name, {}), len(run[0]["losses"])
+        for step in range(1, steps) if name == "run" else (steps // 2 + 1, steps - 2):
             checkpoint = str(folder / name / f"checkpoint-{step}")
             resumptions.append({"resume": checkpoint, **options})
             expected.append(run)
-    assert len(expected) == 18 + 2
+    assert len(expected) == 18 + 2 * len(OTHERS)
     resumed = launch(
         folder,
         2,
@@ -115,7 +127,7 @@ def test_a_run_on_two_processes_stopped_after_any_step_and_resumed_ends_the_same
 
 
 def test_a_run_stopped_after_any_step_and_resumed_in_a_new_process_ends_bit_for_bit_the_same(folder, single_runs):
-    ((whole,), _) = single_runs
+    (whole,) = single_runs[0]
     resumptions = [{"resume": str(folder / "one" / f"checkpoint-{step}")} for step in range(1, 19)]
     options = OPTIONS | ONE | {"output_dir": str(folder / "one-resumed"), "save_strategy": "no"}
     resumed = launch(folder, 1, *resumptions, **options)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import sums
@@ -16,14 +17,15 @@ from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
 
 
-def run(result: str, expected_processes: int, resume: str | None = None, **options) -> None:
+def run(result: str, expected_processes: int, resume: str | None = None, lora: bool = False, **options) -> None:
+    torch.manual_seed(0)
     examples = sums(37)
     tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in examples], vocab_size=300)
     trainer = WMSSTrainer(
         build_model(tokenizer, hidden_size=32, intermediate_size=64, num_layers=2),
         WMSSConfig(
             bf16=False,
-            activation_checkpointing=False,
+            activation_checkpointing=options.pop("activation_checkpointing", False),
             use_cpu=True,
             num_train_epochs=3,
             logging_steps=1,
@@ -35,6 +37,7 @@ def run(result: str, expected_processes: int, resume: str | None = None, **optio
         ),
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if lora else None,
     )
     assert trainer.accelerator.num_processes == expected_processes
     visited, collate = [], trainer.data_collator

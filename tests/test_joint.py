@@ -1,0 +1,241 @@
+"""Training of both branches (the paper's Algorithm 1)."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from wmss_trl import WMSSTrainer
+from wmss_trl.weak import TrainedAdapter, TrainedModel
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+INPUTS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.fixture
+def make_trainer(make_model, make_args, tokenizer, dataset):
+    def make(model=None, peft_config=None, weak_model=None, **kwargs):
+        options = {"sft_epochs": 0, "num_train_epochs": 1, "train_weak": True, "optim": "sgd", "learning_rate": 0.1}
+        return WMSSTrainer(
+            make_model(dropout=0.0) if model is None else model,
+            make_args(**{"lr_scheduler_type": "constant", **options, **kwargs}),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=copy.deepcopy(peft_config),
+            weak_model=weak_model,
+        )
+
+    return make
+
+
+@torch.no_grad()
+def logits(model):
+    training = model.training
+    try:
+        return model.eval()(INPUTS).logits
+    finally:
+        model.train(training)
+
+
+def weak_logits(trainer):
+    with trainer.weak_reference.activated() as weak:
+        return weak(INPUTS).logits
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def two_model_loop(strong, weak, trainer, trainable, mixing_lambda, anchor_weight, steps):
+    """Algorithm 1 as a plain PyTorch loop on full float32 logits."""
+    args = trainer.args
+    parameters = [p for model in (strong, weak) for name, p in model.named_parameters() if trainable(name)]
+    optimizer = torch.optim.SGD(parameters, lr=args.learning_rate)
+    order, history = list(trainer.curriculum_sampler or range(37)), []
+    for start in range(0, 4 * steps, 4):
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in order[start : start + 4]])
+        labels = batch.pop("labels")[:, 1:].flatten()
+        z_strong, z_weak = (model(**batch).logits[:, :-1].flatten(0, 1) for model in (strong, weak))
+        mix = mixing_lambda * z_strong + (1 - mixing_lambda) * z_weak
+        loss = anchor_weight * F.cross_entropy(z_strong, labels) + (1 - anchor_weight) * F.cross_entropy(mix, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        history.append(loss.item())
+    return history
+
+
+@pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_full_models_equal_a_plain_loop(make_trainer, make_model, anchor_weight, activation_checkpointing):
+    strong, weak = make_model(seed=1, dropout=0.0), make_model(seed=2, dropout=0.0)
+    expected_strong, expected_weak = copy.deepcopy(strong), copy.deepcopy(weak)
+    trainer = make_trainer(
+        strong,
+        weak_model=weak,
+        mixing_lambda=0.4,
+        anchor_weight=anchor_weight,
+        curriculum=False,
+        train_sampling_strategy="sequential",
+        activation_checkpointing=activation_checkpointing,
+    )
+    trainer.train()
+    history = two_model_loop(
+        expected_strong, expected_weak, trainer, lambda name: True, 0.4, anchor_weight, trainer.state.global_step
+    )
+    assert len(history) == 10
+    np.testing.assert_allclose(losses(trainer), history, rtol=1e-6)
+    with trainer.weak_reference.detached():
+        pairs = ((trainer.model, expected_strong), (trainer.weak_reference.model, expected_weak))
+        for model, expected in pairs:
+            for (name, parameter), value in zip(model.named_parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(parameter, value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_two_adapters_on_one_base_equal_a_plain_loop(make_trainer, make_model, activation_checkpointing):
+    """Under activation checkpointing the weak layers run a second time when the strong adapter is active again."""
+    model = get_peft_model(make_model(dropout=0.0), copy.deepcopy(LORA))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    expected_strong, expected_weak = copy.deepcopy(model), copy.deepcopy(model)
+    trainer = make_trainer(
+        model,
+        mixing_lambda=0.4,
+        curriculum=False,
+        train_sampling_strategy="sequential",
+        activation_checkpointing=activation_checkpointing,
+    )
+    assert isinstance(trainer.weak_reference, TrainedAdapter)
+    trainer.train()
+    steps = trainer.state.global_step
+    history = two_model_loop(expected_strong, expected_weak, trainer, lambda name: "lora_" in name, 0.4, 0.0, steps)
+    np.testing.assert_allclose(losses(trainer), history, rtol=1e-6)
+    torch.testing.assert_close(logits(trainer.model), logits(expected_strong), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weak_logits(trainer), logits(expected_weak), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(logits(trainer.model), weak_logits(trainer), atol=1e-4)
+    base = {name: p for name, p in expected_strong.named_parameters() if "lora_" not in name}
+    for name, value in base.items():
+        assert torch.equal(trainer.model.get_parameter(name), value), name
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_phase_1_leaves_the_weak_branch_alone(make_trainer, make_model, lora):
+    trainer = make_trainer(peft_config=LORA if lora else None, sft_epochs=1, optim="adamw_torch", learning_rate=1e-2)
+    before = weak_logits(trainer)
+    torch.testing.assert_close(before, logits(make_model(dropout=0.0)))
+    trainer.train()  # weight decay or stale gradients would change it
+    assert trainer.state.global_step == 10
+    assert torch.equal(weak_logits(trainer), before)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resumed_run_ends_the_same(make_trainer, lora, tmp_path):
+    options = {
+        "peft_config": LORA if lora else None,
+        "sft_epochs": 1,
+        "num_train_epochs": 3,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+    }
+    torch.manual_seed(0)
+    whole = make_trainer(**options, save_strategy="steps", save_steps=1, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    assert len(losses(whole)) == 22
+    for step in (5, 10, 13, 16, 18):
+        torch.manual_seed(0)
+        resumed = make_trainer(**options, output_dir=str(tmp_path / "resumed"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert losses(resumed) == losses(whole), step
+        assert torch.equal(logits(resumed.model), logits(whole.model))
+        assert torch.equal(weak_logits(resumed), weak_logits(whole))
+
+
+def test_saved_model_is_the_strong_one_and_checkpoints_hold_both(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="epoch", mixing_lambda=0.3)  # at 0.5 both start and stay the same
+    trainer.train()
+    trainer.save_model()
+    trainer.model.save_pretrained(tmp_path / "direct")
+    assert not torch.allclose(logits(trainer.model), weak_logits(trainer), atol=1e-4)
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    for folder in (tmp_path / "run", checkpoint, tmp_path / "direct"):
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not info["unexpected_keys"]
+        torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=0)
+        assert [path.name for path in folder.iterdir() if "weak" in path.name] == (
+            ["weak_model"] if folder == checkpoint else []
+        )
+    weak = AutoModelForCausalLM.from_pretrained(checkpoint / "weak_model")
+    torch.testing.assert_close(logits(weak), weak_logits(trainer), rtol=0, atol=0)
+    assert hasattr(trainer.model, "weak_branch")  # it is back after saving
+
+
+def test_saved_adapter_is_the_strong_one_and_checkpoints_hold_both(make_trainer, make_model, tokenizer, tmp_path):
+    base = tmp_path / "base"
+    make_model(dropout=0.0).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    trainer = make_trainer(str(base), LORA, save_strategy="epoch")
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-6"):
+        loaded = AutoPeftModelForCausalLM.from_pretrained(folder)
+        assert list(loaded.peft_config) == ["default"]
+        torch.testing.assert_close(logits(loaded), logits(trainer.model))
+    weak = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-6" / "weak_model" / "wmss_weak")
+    torch.testing.assert_close(logits(weak), weak_logits(trainer))
+
+
+def test_both_branches_are_scored_anew_before_each_draw(make_trainer):
+    trainer = make_trainer(sft_epochs=1, num_train_epochs=3)
+    rounds, score = [], trainer.curriculum_sampler.score
+
+    def keep():
+        rounds.append((*score(), weak_logits(trainer)))
+        return rounds[-1][:2]
+
+    trainer.curriculum_sampler.score = keep
+    trainer.train()
+    (weak_1, strong_1, logits_1), (weak_2, strong_2, logits_2) = rounds
+    assert not torch.allclose(logits_1, logits_2, atol=1e-4)
+    assert np.abs(weak_2 - weak_1).max() > 1e-4
+    assert np.abs(strong_2 - strong_1).max() > 1e-4
+
+
+def test_optimizer_and_clipping_cover_both(make_trainer):
+    trainer = make_trainer(max_grad_norm=1e-3, learning_rate=1.0, max_steps=1)
+    strong, weak = (copy.deepcopy(m.state_dict()) for m in (trainer.model, trainer.weak_reference.model))
+    trainer.train()
+    moved = 0.0
+    with trainer.weak_reference.detached():
+        for model, before in ((trainer.model, strong), (trainer.weak_reference.model, weak)):
+            change = sum((p.detach() - before[n]).pow(2).sum().item() for n, p in model.named_parameters())
+            assert change > 0
+            moved += change
+    assert moved**0.5 == pytest.approx(1e-3, rel=1e-3)
+    assert isinstance(trainer.weak_reference, TrainedModel)
+
+
+# Bad input
+
+
+def test_what_cannot_be_trained_jointly_is_refused(make_trainer, make_model, make_args):
+    with pytest.raises(
+        ValueError, match=r"`train_weak=True` with `mixing_lambda=1.0` gives the weak model no gradient"
+    ):
+        make_args(train_weak=True, mixing_lambda=1.0)
+    with pytest.raises(ValueError, match=r"second adapter beside the model's own, but `weak_model` is a whole model"):
+        make_trainer(peft_config=LORA, weak_model=make_model(seed=1))
+    with pytest.raises(ValueError, match=r"`ddp_find_unused_parameters=False` cannot be combined with `train_weak"):
+        make_trainer(sft_epochs=1, ddp_find_unused_parameters=False)
+    bias = get_peft_model(make_model(), LoraConfig(r=4, bias="all"))
+    with pytest.raises(
+        ValueError, match=r"needs a second adapter beside the model's own, but .* Set `train_weak=False`"
+    ):
+        make_trainer(bias)

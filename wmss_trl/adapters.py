@@ -1,0 +1,169 @@
+"""PEFT adapters beside each other on one base: the strong one and the weak one."""
+
+import copy
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.utils.peft_utils import find_adapter_config_file
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+# Name of the weak adapter beside the strong one
+WEAK_ADAPTER = "wmss_weak"
+
+
+@contextmanager
+def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Let PEFT switch adapters, which freezes and unfreezes them, without a trace."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+
+
+@contextmanager
+def active_adapter(model: "PeftModel", name: str) -> Iterator[None]:
+    """Let `model` use another of its adapters."""
+    before = model.active_adapter
+    with keeping_requires_grad(model):
+        try:
+            model.set_adapter(name)
+            yield
+        finally:
+            model.set_adapter(before)
+
+
+@contextmanager
+def recomputing_with(model: "PeftModel", name: str) -> Iterator[None]:
+    """
+    Let the layers that are run now under activation checkpointing run again with the adapter `name`, whichever is
+    active when the backward pass gets there. Private to transformers, checked with 5.23: each checkpointed layer holds
+    its checkpoint function.
+    """
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    functions = [(layer, layer._gradient_checkpointing_func) for layer in layers if layer.training]
+    try:
+        for layer, function in functions:
+            layer._gradient_checkpointing_func = functools.partial(
+                function, context_fn=lambda layer=layer: (nullcontext(), _adapter_of_layer(layer, name))
+            )
+        yield
+    finally:
+        for layer, function in functions:
+            layer._gradient_checkpointing_func = function
+
+
+@contextmanager
+def _adapter_of_layer(layer: nn.Module, name: str) -> Iterator[None]:
+    """Like [`active_adapter`] for one layer, without touching `requires_grad` in the middle of a backward pass.
+    Private to PEFT, checked with 0.21."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = [module for module in layer.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [module._active_adapter for module in modules]
+    try:
+        for module in modules:
+            module._active_adapter = [name]
+        yield
+    finally:
+        for module, adapter in zip(modules, before, strict=True):
+            module._active_adapter = adapter
+
+
+def adapter_parameters(model: "PeftModel", name: str) -> dict[str, nn.Parameter]:
+    """Parameters of one adapter of a model, by their names."""
+    return {key: parameter for key, parameter in model.named_parameters() if re.search(rf"\.{name}(\.|$)", key)}
+
+
+def sibling(parameter_name: str, adapter: str, other: str) -> str:
+    """Name of the parameter of another adapter in the same place."""
+    return re.sub(rf"\.{adapter}(\.|$)", rf".{other}\1", parameter_name)
+
+
+def copy_adapter(model: "PeftModel") -> str:
+    """
+    Copy the active adapter of a model beside it.
+
+    Returns:
+        `str`: name of the copy.
+
+    Raises:
+        ValueError: If PEFT supports only one adapter of this kind in a model.
+    """
+    active = model.active_adapter
+    config = copy.deepcopy(model.peft_config[active])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA and the like would change the base a second time
+    with keeping_requires_grad(model), torch.random.fork_rng(devices=[]):
+        model.add_adapter(WEAK_ADAPTER, config)
+        model.set_adapter(active)
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name in [name for name in state if re.search(rf"\.{active}(\.|$)", name)]:
+        state[sibling(name, active, WEAK_ADAPTER)].data = state[name].data.clone()
+    return WEAK_ADAPTER
+
+
+def load_adapter_config(name_or_path: str, init_kwargs: dict[str, Any]) -> "PeftConfig | None":
+    """Configuration of the adapter in a folder or on the Hub, or `None` if there is a whole model."""
+    from peft import PeftConfig
+
+    hub_kwargs = {key: init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in init_kwargs}
+    if find_adapter_config_file(name_or_path, **hub_kwargs) is None:
+        return None
+    return PeftConfig.from_pretrained(name_or_path, **hub_kwargs)
+
+
+def load_adapter(strong: "PeftModel", name_or_path: str, config: "PeftConfig", init_kwargs: dict[str, Any]) -> str:
+    """
+    Load an adapter for the base of `strong` beside the one that it has.
+
+    Returns:
+        `str`: name of the adapter.
+
+    Raises:
+        ValueError: If the adapter is for another base or cannot be put beside the one of `strong`.
+    """
+    active = strong.active_adapter
+    remedy = "To use it anyway, merge it into its base (`merge_and_unload`) and pass the folder of the whole model."
+    bases = [config.base_model_name_or_path, strong.peft_config[active].base_model_name_or_path]
+    if all(bases) and not same_place(*bases):
+        raise ValueError(
+            f"`weak_model={name_or_path!r}` is an adapter for {bases[0]!r}, but the model is one for {bases[1]!r}. "
+            f"{remedy}"
+        )
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"`weak_model={name_or_path!r}` is an adapter of type {config.peft_type.value}, which adds virtual tokens "
+            f"that the model does not have. Use a method that keeps the sequence, such as LoRA."
+        )
+    unused = init_kwargs.keys() - {"revision", "token", "cache_dir", "trust_remote_code"}
+    if unused:
+        raise ValueError(
+            f"`weak_model_init_kwargs` {sorted(unused)} do not apply to an adapter, which is loaded onto the model's "
+            "own base. Remove them."
+        )
+    hub_kwargs = {key: init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in init_kwargs}
+    with keeping_requires_grad(strong), torch.random.fork_rng(devices=[]):
+        try:
+            strong.load_adapter(name_or_path, WEAK_ADAPTER, is_trainable=False, **hub_kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`weak_model={name_or_path!r}` cannot be put beside the model's own adapter: {error}. {remedy}"
+            ) from error
+        strong.set_adapter(active)
+    return WEAK_ADAPTER
+
+
+def same_place(first: str, second: str) -> bool:
+    """Whether two names stand for the same folder or the same hub id."""
+    return first == second or (Path(first).exists() and Path(first).resolve() == Path(second).resolve())
