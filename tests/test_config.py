@@ -12,8 +12,6 @@ from wmss_trl import WMSSConfig
         ({"mixing_lambda": 0.0}, r"got 0.0. At 0 the strong model gets no gradient"),
         ({"mixing_lambda": float("nan")}, r"`mixing_lambda` must be in \(0, 1\], got nan"),
         ({"anchor_weight": 1.0}, r"`anchor_weight` must be in \[0, 1\), got 1.0"),
-        ({"train_weak": True}, r"`train_weak=True` is not supported"),
-        ({"weak_refresh": "epoch"}, r"`weak_refresh='epoch'` is not supported"),
         ({"difficulty_weight": -0.1}, r"`difficulty_weight` must be a finite number >= 0, got -0.1"),
         ({"consolidation_weight": -1}, r"`consolidation_weight` must be a finite number >= 0, got -1"),
         ({"repair_weight": float("inf")}, r"`repair_weight` must be a finite number >= 0, got inf"),

@@ -201,6 +201,9 @@ class DataActivation:
         weak_entropy = self.sampler.weak_entropy
         if self.weak_reference.trained and self.sampler.strong_entropy is not None:
             weak_entropy = None  # has changed since the last draw
+        if self.args.weak_refresh == "epoch" and (self.sampler.epoch or 0) > self.args.sft_epochs:
+            # The weak model is what the strong one was at the draw before
+            weak_entropy = self.sampler.strong_entropy if self.args.rescore_epochs == 1 else None
         strong = self._model_fingerprint()
         models, fingerprints = {"strong": lambda: nullcontext(self.model)}, {"strong": strong}
         if weak_entropy is None and strong != self.initial_model:

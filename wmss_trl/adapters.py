@@ -85,6 +85,12 @@ def adapter_parameters(model: "PeftModel", name: str) -> dict[str, nn.Parameter]
     return {key: parameter for key, parameter in model.named_parameters() if re.search(rf"\.{name}(\.|$)", key)}
 
 
+def adapter_state(model: "PeftModel", name: str) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of one adapter of a model, by their names; several names may share a tensor."""
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {key: tensor for key, tensor in state.items() if re.search(rf"\.{name}(\.|$)", key)}
+
+
 def sibling(parameter_name: str, adapter: str, other: str) -> str:
     """Name of the parameter of another adapter in the same place."""
     return re.sub(rf"\.{adapter}(\.|$)", rf".{other}\1", parameter_name)
@@ -107,9 +113,9 @@ def copy_adapter(model: "PeftModel") -> str:
     with keeping_requires_grad(model), torch.random.fork_rng(devices=[]):
         model.add_adapter(WEAK_ADAPTER, config)
         model.set_adapter(active)
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name in [name for name in state if re.search(rf"\.{active}(\.|$)", name)]:
-        state[sibling(name, active, WEAK_ADAPTER)].data = state[name].data.clone()
+    weak_state = adapter_state(model, WEAK_ADAPTER)
+    for name, tensor in adapter_state(model, active).items():
+        weak_state[sibling(name, active, WEAK_ADAPTER)].data = tensor.data.clone()
     return WEAK_ADAPTER
 
 

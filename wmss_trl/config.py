@@ -65,8 +65,12 @@ class WMSSConfig(SFTConfig):
             memory of a second model that is trained, or with LoRA of a second adapter. Only the strong model is
             evaluated and saved; checkpoints hold the weak one in `weak_model`.
         weak_refresh (`str`, *optional*, defaults to `"never"`):
-            When the weak model is replaced by a later state of the strong model. Only `"never"` is supported in this
-            version.
+            When the weak model is replaced by a later state of the strong model: `"never"`, or `"epoch"` for the
+            paper's iterated form, in which each weak-driven epoch mixes with the strong model as it was at the start
+            of the weak-driven epoch before (the first one with the weak model that the run began with).
+        weak_refresh_device (`str`, *optional*, defaults to `"cpu"`):
+            Where the weights that will be the next weak model wait with `weak_refresh="epoch"`: `"cpu"`, `"same"` (the
+            model's device) or `"disk"` (`_weak_refresh` in `output_dir`). With LoRA only the adapter is kept.
         curriculum (`bool`, *optional*, defaults to `True`):
             Whether each weak-driven epoch trains on an active set drawn by the change of entropy. If `False`, it
             trains on the whole data set and no scoring is done.
@@ -150,7 +154,14 @@ class WMSSConfig(SFTConfig):
     )
     weak_refresh: str = field(
         default="never",
-        metadata={"help": "When the weak model is replaced by a later state of the strong one.", "choices": ["never"]},
+        metadata={
+            "help": "When the weak model is replaced by a later state of the strong one.",
+            "choices": ["never", "epoch"],
+        },
+    )
+    weak_refresh_device: str = field(
+        default="cpu",
+        metadata={"help": "Where the next weak model's weights wait.", "choices": ["cpu", "same", "disk"]},
     )
     curriculum: bool = field(
         default=True,
@@ -240,6 +251,11 @@ class WMSSConfig(SFTConfig):
         """Whether training steps use weak logits: not with a `mixing_lambda` of 1 throughout."""
         return self.lambda_schedule != "constant" or self.mixing_lambda < 1
 
+    @property
+    def changes_weak_model(self) -> bool:
+        """Whether the weak model's weights change during the run."""
+        return self.train_weak or self.weak_refresh != "never"
+
     def to_dict(self) -> dict[str, Any]:
         options = super().to_dict()
         if "lambda_schedule" in options:
@@ -272,10 +288,7 @@ class WMSSConfig(SFTConfig):
             raise ValueError(
                 f"`anchor_weight` must be in [0, 1), got {self.anchor_weight}. For plain SFT set `mixing_lambda=1.0`."
             )
-        if self.weak_refresh != "never":
-            raise ValueError(
-                f"`weak_refresh={self.weak_refresh!r}` is not supported in this version. Use `weak_refresh='never'`."
-            )
+        self._check_weak_refresh()
         if self.train_weak and not self.mixes_logits:
             raise ValueError(
                 "`train_weak=True` with `mixing_lambda=1.0` gives the weak model no gradient. Lower `mixing_lambda`, "
@@ -380,3 +393,28 @@ class WMSSConfig(SFTConfig):
                 )
             return
         make_lambda_schedule(schedule, self.mixing_lambda)
+
+    def _check_weak_refresh(self) -> None:
+        if self.weak_refresh not in ("never", "epoch"):
+            raise ValueError(f"`weak_refresh` must be 'never' or 'epoch', got {self.weak_refresh!r}.")
+        if self.weak_refresh_device not in ("cpu", "same", "disk"):
+            raise ValueError(
+                f"`weak_refresh_device` must be 'cpu', 'same' or 'disk', got {self.weak_refresh_device!r}."
+            )
+        if self.weak_refresh == "never":
+            if self.weak_refresh_device != "cpu":
+                raise ValueError(
+                    f"`weak_refresh_device={self.weak_refresh_device!r}` is for `weak_refresh='epoch'`, but that is "
+                    "'never'. Remove one of them."
+                )
+            return
+        if self.train_weak:
+            raise ValueError(
+                "`weak_refresh='epoch'` cannot be combined with `train_weak=True`: a weak model that is replaced in "
+                "each epoch need not be trained. Keep one of them."
+            )
+        if not self.mixes_logits and self.rescore_epochs > 1:
+            raise ValueError(
+                f"`weak_refresh='epoch'` with `mixing_lambda=1.0` and `rescore_epochs={self.rescore_epochs}` would "
+                "need scores of a model that is not kept. Set `rescore_epochs=1`."
+            )

@@ -32,6 +32,7 @@ from .diagnostics import crossover_lambda, log_image, plot_redraw
 from .epochs import EpochPlan
 from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
+from .refresh import WeakRefresh
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
 from .scoring import undisturbed_random_state
@@ -170,6 +171,7 @@ class WMSSTrainer(SFTTrainer):
                 args.lambda_schedule, args.mixing_lambda, args.final_mixing_lambda
             )
         self.weak_reference: WeakReference | None = None
+        self._refresh: WeakRefresh | None = None
         self.curriculum_sampler: CurriculumSampler | None = None
         if not args.uses_weak_model:
             if weak_model is not None:
@@ -182,6 +184,12 @@ class WMSSTrainer(SFTTrainer):
         self.weak_reference = make_weak_reference(
             weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
         )
+        if args.weak_refresh == "epoch":  # added before the curriculum's callback, which scores the new weak model
+            folder = Path(args.output_dir) / "_weak_refresh"
+            self._refresh = WeakRefresh(
+                self.weak_reference, self.model, args.sft_epochs, args.weak_refresh_device, folder
+            )
+            self.add_callback(self._refresh)
         problems = {"model": head_problem, "weak model": self.weak_reference.head_problem}
         self._full_logits = any(problems.values())
         if self._full_logits:
@@ -458,12 +466,19 @@ class WMSSTrainer(SFTTrainer):
                 epoch, steps = self._plan.locate(self.state.global_step)
                 batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
         self._crossover = None
+        if self._refresh is not None and self._refresh.round_epoch is not None and resume_from_checkpoint is None:
+            raise ValueError(
+                "The weak model is no longer the one that the trainer began with, since `weak_refresh='epoch'` has "
+                "replaced it. Make a new trainer to train again, or pass `resume_from_checkpoint`."
+            )
         # Without this file it is a checkpoint of plain SFT, from which any run may go on
         if resume_from_checkpoint is not None and self.weak_reference is not None:
             state = Path(resume_from_checkpoint) / self.STATE_FILE
             if state.exists():
                 self._check_same_run(state)
                 self._crossover = json.loads(state.read_text())["crossover"]
+                if self._refresh is not None:
+                    self._refresh.load(Path(resume_from_checkpoint) / self.WEAK_FOLDER)
                 if self.curriculum_sampler is not None:
                     self.curriculum_sampler.load(resume_from_checkpoint)
         return epoch, batches
@@ -475,6 +490,7 @@ class WMSSTrainer(SFTTrainer):
             "weak_model": self.weak_reference.fingerprint,
             "lambda_schedule": schedule_name(self.args.lambda_schedule),
             "train_weak": self.args.train_weak,
+            "weak_refresh": self.args.weak_refresh,
         }
         if self.curriculum_sampler is not None:
             identity["train_dataset"] = self._activation.fingerprint
@@ -553,6 +569,8 @@ class WMSSTrainer(SFTTrainer):
                 self.curriculum_sampler.save(folder)
             if self.weak_reference.trained:
                 self.weak_reference.save(folder / self.WEAK_FOLDER)
+            if self._refresh is not None:
+                self._refresh.save(folder / self.WEAK_FOLDER)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -63,7 +63,10 @@ class WeakReference:
 
     def current_fingerprint(self) -> str:
         """Identity of the weights as they are now; `fingerprint` is that of the start."""
-        return self.fingerprint
+        return fingerprint(self._parameters())
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
 
 
 class InitialModel(WeakReference):
@@ -102,7 +105,12 @@ class DisabledAdapter(WeakReference):
     def __init__(self, model: "PeftModel"):
         self.model = model
         self.head_problem = None  # it is the strong model's own head
-        self.fingerprint = fingerprint({n: p for n, p in model.named_parameters() if not p.requires_grad})
+        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self._frozen = frozen
+        self.fingerprint = fingerprint(frozen)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self._frozen
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
@@ -187,9 +195,6 @@ class TrainedModel(WeakReference):
     def activated_for_training(self) -> Iterator[nn.Module]:
         yield self.model
 
-    def current_fingerprint(self) -> str:
-        return fingerprint(dict(self.model.named_parameters()))
-
     @contextmanager
     def detached(self) -> Iterator[None]:
         branch = self.strong._modules.pop("weak_branch", None)
@@ -225,9 +230,6 @@ class TrainedAdapter(NamedAdapter):
         for key, parameter in adapter_parameters(model, model.active_adapter).items():
             weak_key = sibling(key, model.active_adapter, name)
             model.get_parameter(weak_key).requires_grad_(parameter.requires_grad)
-
-    def current_fingerprint(self) -> str:
-        return fingerprint(self._parameters())
 
     @contextmanager
     def activated_for_training(self) -> Iterator[nn.Module]:
@@ -288,7 +290,7 @@ def make_weak_reference(
             "`weak_model_name_or_path`, or remove them."
         )
     if weak_model is None:
-        if peft_config is not None and keeps_base_weights(peft_config) and not args.train_weak:
+        if peft_config is not None and keeps_base_weights(peft_config) and not args.changes_weak_model:
             return DisabledAdapter(strong)
         if not args.mixes_logits:
             return InitialModel(strong)

@@ -1,0 +1,132 @@
+"""Iterated rounds: each weak-driven epoch mixes with the strong model as it was one round before."""
+
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .adapters import adapter_state, sibling
+from .weak import InitialModel, NamedAdapter, WeakReference
+
+REFRESH_DEVICES = ("cpu", "same", "disk")
+
+
+class WeakRefresh(TrainerCallback):
+    """
+    Callback that replaces the weak model at the start of each weak-driven epoch but the first: in round `t` it is the
+    strong model as it was at the start of round `t - 1` (paper, iterated form).
+
+    Args:
+        weak_reference ([`~wmss_trl.weak.WeakReference`]):
+            The weak model, of the same architecture as the strong one.
+        strong (`torch.nn.Module`):
+            The strong model.
+        first_epoch (`int`):
+            First weak-driven epoch, counted from 0.
+        device (`str`, *optional*, defaults to `"cpu"`):
+            Where the strong weights of the start of the round are kept until they become the weak ones: `"cpu"`,
+            `"same"` (the model's device) or `"disk"`.
+        folder (`str` or `Path`, *optional*):
+            Folder for `"disk"`, with a file for each process.
+
+    Raises:
+        ValueError: If the weak model cannot take the strong model's weights.
+    """
+
+    FILE_NAME = "refresh.safetensors"
+
+    def __init__(
+        self,
+        weak_reference: WeakReference,
+        strong: nn.Module,
+        first_epoch: int,
+        device: str = "cpu",
+        folder: str | Path | None = None,
+    ):
+        self.weak_reference = weak_reference
+        self.strong = strong
+        self.first_epoch = first_epoch
+        self.device = device
+        self.path = Path(folder or ".") / f"rank_{PartialState().process_index}.safetensors"
+        self.epoch: int | None = None
+        self.round_epoch: int | None = None
+        self.snapshot: dict[str, Tensor] | None = None
+        ours, theirs = ({k: v.shape for k, v in state.items()} for state in (self._weak_state(), self._strong_state()))
+        if ours != theirs:
+            raise ValueError(
+                "`weak_refresh='epoch'` replaces the weak model by later states of the strong one, but `weak_model` "
+                "has another architecture. Use a checkpoint of the same model, or `weak_refresh='never'`."
+            )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.epoch = int(state.epoch or 0) - 1  # `on_epoch_begin` comes next, in a resumed epoch too
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epoch += 1
+        if self.epoch >= self.first_epoch and self.round_epoch != self.epoch:
+            self.start_round(self.epoch)
+
+    def start_round(self, epoch: int) -> None:
+        if epoch > self.first_epoch:
+            self._set_weak_state(self._read_snapshot())
+        self._keep_snapshot({name: tensor.detach().clone() for name, tensor in self._strong_state().items()})
+        self.round_epoch = epoch
+
+    def _strong_state(self) -> dict[str, Tensor]:
+        if isinstance(self.weak_reference, InitialModel):
+            return {}
+        if isinstance(self.weak_reference, NamedAdapter):
+            return adapter_state(self.strong, self.strong.active_adapter)
+        return dict(self.strong.state_dict())
+
+    def _weak_state(self) -> dict[str, Tensor]:
+        reference = self.weak_reference
+        if isinstance(reference, InitialModel):
+            return {}
+        if isinstance(reference, NamedAdapter):
+            state = adapter_state(self.strong, reference.name)
+            return {sibling(name, reference.name, self.strong.active_adapter): value for name, value in state.items()}
+        return dict(reference.model.state_dict())
+
+    @torch.no_grad()
+    def _set_weak_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self._weak_state().items():
+            tensor.copy_(state[name])
+
+    def _keep_snapshot(self, state: dict[str, Tensor]) -> None:
+        if self.device == "disk":
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(state, self.path)
+        else:
+            self.snapshot = {k: v.cpu() for k, v in state.items()} if self.device == "cpu" else state
+
+    def _read_snapshot(self) -> dict[str, Tensor]:
+        return load_file(self.path) if self.device == "disk" else self.snapshot
+
+    def save(self, folder: Path) -> None:
+        """Write the weak weights and the snapshot of the round, if one has begun, into `folder`."""
+        if self.round_epoch is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        states = {"weak": self._weak_state(), "strong": self._read_snapshot()}
+        tensors = {f"{key}.{name}": tensor.clone() for key, state in states.items() for name, tensor in state.items()}
+        save_file(tensors, folder / self.FILE_NAME, metadata={"epoch": str(self.round_epoch)})
+
+    def load(self, folder: Path) -> None:
+        """Take up the round that was saved in `folder`; without one the first is still to come."""
+        path = folder / self.FILE_NAME
+        if not path.exists():
+            return
+        with safe_open(path, framework="pt") as file:
+            self.round_epoch = int(file.metadata()["epoch"])
+        tensors = load_file(path)
+        weak, strong = (
+            {name.removeprefix(f"{key}."): tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
+            for key in ("weak", "strong")
+        )
+        self._set_weak_state(weak)
+        self._keep_snapshot({name: tensor.to(self._strong_state()[name].device) for name, tensor in strong.items()})
