@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .curriculum import CurriculumSampler
 from .packing import PackedDocuments, pack_prefix
+from .ranking import MIN_RELATIVE_GAP, relative_gap
 from .score_files import ScoreCache, ScoreTable
 from .scoring import DataCollator, dataset_fingerprint, example_lengths, supervised_token_counts
 from .weak import WeakReference, fingerprint
@@ -219,6 +220,18 @@ class DataActivation:
         """Take M0's entropies from the strong model, if it is M0 and has not changed yet."""
         if self.sampler.weak_entropy is None and self._model_fingerprint() == self.initial_model:
             self.sampler.weak_entropy, _ = self.score()
+
+    def warn_if_too_close(self) -> None:
+        """Say so before the first weak-driven epoch if the weak model can hardly help."""
+        weak_entropy, strong_entropy = self.sampler.weak_entropy.mean(), self.sampler.strong_entropy.mean()
+        gap = relative_gap(weak_entropy, strong_entropy)
+        if gap < MIN_RELATIVE_GAP and self.accelerator.is_main_process:
+            warnings.warn(
+                f"The weak model is close to the strong one: mean entropy {weak_entropy:.4f} nats against "
+                f"{strong_entropy:.4f}, a relative gap of {gap:.1%} (below {MIN_RELATIVE_GAP:.0%}). The paper reports "
+                "losses then. Use an earlier checkpoint (`wmss-trl rank-weak` compares them), or more SFT epochs.",
+                stacklevel=2,
+            )
 
     def table(self) -> ScoreTable:
         """Scores, weights and draw of the first weak-driven epoch, with the strong model as it is now."""

@@ -1,10 +1,11 @@
 """
-Command line: look at the scores and the active set of a data set without training.
+Command line: scores, active set and choice of the weak model, without training.
 
     wmss-trl score --model CHECKPOINT --weak_model_name_or_path BASE --dataset DATA --output scores.parquet
     wmss-trl select --scores scores.parquet --output selected.parquet --active_fraction 0.5
+    wmss-trl rank-weak --model CHECKPOINT --candidates FOLDER_WITH_CHECKPOINTS BASE --dataset DATA
 
-Both take the options of `WMSSConfig` and, as `--config`, a recipe with them: a run with the same recipe uses the same
+They take the options of `WMSSConfig` and, as `--config`, a recipe with them: a run with the same recipe uses the same
 numbers. On several GPUs: `accelerate launch -m wmss_trl.cli score ...`.
 """
 
@@ -15,9 +16,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, load_dataset, load_from_disk
-from trl import TrlParser
+from trl import SFTConfig, SFTTrainer, TrlParser
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .config import WMSSConfig
+from .config import WMSSConfig, convert_arguments
+from .ranking import Separation, expand_candidates, markdown_ranking, rank_weak_models
 from .score_files import ScoreTable
 from .trainer import WMSSTrainer
 
@@ -47,6 +50,30 @@ class ScoreArguments:
     output: str = field(metadata={"help": "Parquet file to write."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
+
+
+@dataclass
+class RankArguments:
+    """
+    Arguments of `wmss-trl rank-weak`.
+
+    Args:
+        model (`str`):
+            Hub id or folder of the strong model.
+        candidates (`list[str]`):
+            Hub ids, checkpoints, or folders that hold checkpoints.
+        dataset, dataset_config, dataset_split:
+            See [`ScoreArguments`].
+        sample (`int`, *optional*, defaults to `256`):
+            Number of examples that are compared.
+    """
+
+    model: str = field(metadata={"help": "Hub id or folder of the strong model.", "aliases": ["--model_name_or_path"]})
+    candidates: list[str] = field(metadata={"help": "Hub ids, checkpoints, or folders that hold checkpoints."})
+    dataset: str = field(metadata={"help": "Hub id, file or folder.", "aliases": ["--dataset_name"]})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
+    sample: int = field(default=256, metadata={"help": "Number of examples that are compared."})
 
 
 @dataclass
@@ -109,16 +136,41 @@ def select(arguments: SelectArguments, config: WMSSConfig) -> ScoreTable:
     return table
 
 
+def rank_weak(arguments: RankArguments, config: WMSSConfig) -> list[Separation]:
+    """Compare candidates for the weak model with the strong one, on a sample of the data."""
+    expand_candidates(arguments.candidates)
+    examples = load_examples(arguments.dataset, arguments.dataset_config, arguments.dataset_split)
+    examples = examples.shuffle(seed=config.draw_seed).select(range(min(arguments.sample, len(examples))))
+    # Whose data preparation is that of a run
+    trainer = SFTTrainer(arguments.model, convert_arguments(config, SFTConfig), train_dataset=examples)
+    return rank_weak_models(
+        trainer.model,
+        arguments.candidates,
+        trainer.train_dataset.select_columns(["input_ids", "labels"]),
+        DataCollatorForLanguageModeling(trainer.data_collator.pad_token_id),
+        trainer.processing_class,
+        buffer_bytes=config.logits_buffer_mb * 2**20,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"score": (ScoreArguments, score), "select": (SelectArguments, select)}
+    commands = {
+        "score": (ScoreArguments, score),
+        "select": (SelectArguments, select),
+        "rank-weak": (RankArguments, rank_weak),
+    }
     if not argv or argv[0] not in commands:
         print(__doc__.strip())
         sys.exit(0 if argv in (["-h"], ["--help"]) else 2)
     arguments_class, command = commands[argv[0]]
     parser = TrlParser((arguments_class, WMSSConfig), prog=f"wmss-trl {argv[0]}")
     arguments, config = parser.parse_args_and_config(argv[1:])
-    table = command(arguments, config)
+    result = command(arguments, config)
+    if argv[0] == "rank-weak":
+        PartialState().print(markdown_ranking(result))
+        return
+    table = result
     delta = table.strong_entropy - table.weak_entropy
     PartialState().print(
         f"{arguments.output}: {len(table.tokens)} examples, {(table.drawn > 0).sum()} of them drawn. Mean entropy "

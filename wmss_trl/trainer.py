@@ -23,6 +23,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
@@ -32,6 +33,7 @@ from .diagnostics import crossover_lambda, log_image, plot_redraw
 from .epochs import EpochPlan
 from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
+from .ranking import markdown_ranking, rank_weak_models
 from .refresh import WeakRefresh
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
@@ -182,7 +184,12 @@ class WMSSTrainer(SFTTrainer):
         self._check_supported()
         head_problem = add_head_access(unwrap_adapter(self.model))
         self.weak_reference = make_weak_reference(
-            weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
+            self._choose_weak_model(weak_model),
+            self.model,
+            self.args,
+            self.processing_class,
+            self.accelerator,
+            peft_config,
         )
         if args.weak_refresh == "epoch":  # added before the curriculum's callback, which scores the new weak model
             folder = Path(args.output_dir) / "_weak_refresh"
@@ -246,6 +253,35 @@ class WMSSTrainer(SFTTrainer):
                 "the weak model does not have. Use a method that keeps the sequence, such as LoRA."
             )
 
+    def _choose_weak_model(self, weak_model: str | PreTrainedModel | None) -> str | PreTrainedModel | None:
+        """Replace `auto:FOLDER` by the checkpoint in it that `wmss-trl rank-weak` recommends."""
+        args = self.args
+        name = args.weak_model_name_or_path if weak_model is None else weak_model
+        if not isinstance(name, str) or not name.startswith("auto:"):
+            return weak_model
+        if args.sft_epochs:
+            raise ValueError(
+                f"`weak_model={name!r}` compares checkpoints with the model that the weak-driven epochs begin with, but "
+                f"`sft_epochs={args.sft_epochs}` changes it before. Set `sft_epochs=0` and start from the fine-tuned "
+                "model."
+            )
+        if "input_ids" not in (self.train_dataset.column_names or []) or isinstance(
+            self.train_dataset, IterableDataset
+        ):
+            raise ValueError(f"`weak_model={name!r}` needs a tokenized `train_dataset` that is not streaming.")
+        sample = self.train_dataset.shuffle(seed=args.draw_seed).select(range(min(256, len(self.train_dataset))))
+        results = rank_weak_models(
+            self.model,
+            [name.removeprefix("auto:")],
+            sample.select_columns([column for column in ("input_ids", "labels") if column in sample.column_names]),
+            DataCollatorForLanguageModeling(self.processing_class.pad_token_id),
+            self.processing_class,
+            buffer_bytes=args.logits_buffer_mb * 2**20,
+        )
+        self.accelerator.print(markdown_ranking(results))
+        args.weak_model_name_or_path = None  # which is now `weak_model`
+        return results[0].name
+
     def score_table(self) -> ScoreTable:
         """
         Score the training set, weigh it and draw from it what the first weak-driven epoch would train on, without
@@ -261,6 +297,8 @@ class WMSSTrainer(SFTTrainer):
 
     def _report_redraw(self, metrics: dict[str, float]) -> None:
         """Log a redraw with the next step, and draw it."""
+        if self.curriculum_sampler.drawn_epoch == self.args.sft_epochs:
+            self._activation.warn_if_too_close()
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
         if self.args.plot_curriculum and self.is_world_process_zero() and find_spec("matplotlib") is not None:
