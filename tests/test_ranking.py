@@ -128,6 +128,9 @@ def test_auto_takes_the_recommended_checkpoint(checkpoints, make_args, tokenizer
     assert chosen.weak_reference.fingerprint == make(weak_model=recommended).weak_reference.fingerprint
     by_option = make(weak_model_name_or_path=f"auto:{tmp_path / 'run'}")
     assert by_option.weak_reference.fingerprint == chosen.weak_reference.fingerprint
+    by_option.train()
+    sampler = by_option.curriculum_sampler
+    assert np.abs(sampler.weak_entropy - sampler.strong_entropy).max() > 0.01
     chosen.train()
     with pytest.raises(ValueError, match=r"`weak_model='auto:.*` compares checkpoints .* Set `sft_epochs=0`"):
         make(weak_model=f"auto:{tmp_path / 'run'}", sft_epochs=1, num_train_epochs=2)

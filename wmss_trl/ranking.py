@@ -235,8 +235,8 @@ def markdown_ranking(results: Sequence[Separation]) -> str:
         )
     if results[0].too_close:
         advice = (
-            f"Every candidate is too close to the strong model (relative entropy gap below {MIN_RELATIVE_GAP:.0%}): an "
-            "earlier checkpoint or the base model may help; these will hardly."
+            f"Every candidate is too close to the strong model (relative entropy gap below {MIN_RELATIVE_GAP:.0%}). "
+            "Look for an earlier checkpoint, or take the base model."
         )
     else:
         advice = f"Recommended: {results[0].name}."

@@ -74,9 +74,11 @@ class WMSSTrainer(SFTTrainer):
             Configuration for this trainer. A plain [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] gets the
             defaults of [`WMSSConfig`].
         weak_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The weak reference: a hub id, a checkpoint folder or a model with the vocabulary of `model`. If `None`,
-            `args.weak_model_name_or_path` or else `model` as it is handed in: a frozen copy of it or, when
-            `peft_config` puts a new adapter on it, the same weights with the adapter switched off.
+            The weak reference: a hub id (`org/name@revision`), a checkpoint folder, the folder of an adapter for the
+            same base, `"auto:FOLDER"` (the best checkpoint in a folder, see [`~wmss_trl.ranking.rank_weak_models`]),
+            or a model with the vocabulary of `model`. If `None`, `args.weak_model_name_or_path` or else `model` as it
+            is handed in: a frozen copy of it (of the adapter alone, if it is a PEFT model) or, when `peft_config` puts
+            a new adapter on it, the same weights with the adapter switched off.
         kwargs:
             All other arguments of [`~trl.SFTTrainer`], in its order.
 
@@ -183,13 +185,9 @@ class WMSSTrainer(SFTTrainer):
             return
         self._check_supported()
         head_problem = add_head_access(unwrap_adapter(self.model))
+        weak_model = self._choose_weak_model(weak_model)
         self.weak_reference = make_weak_reference(
-            self._choose_weak_model(weak_model),
-            self.model,
-            self.args,
-            self.processing_class,
-            self.accelerator,
-            peft_config,
+            weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
         )
         if args.weak_refresh == "epoch":  # added before the curriculum's callback, which scores the new weak model
             folder = Path(args.output_dir) / "_weak_refresh"
@@ -261,19 +259,18 @@ class WMSSTrainer(SFTTrainer):
             return weak_model
         if args.sft_epochs:
             raise ValueError(
-                f"`weak_model={name!r}` compares checkpoints with the model that the weak-driven epochs begin with, but "
-                f"`sft_epochs={args.sft_epochs}` changes it before. Set `sft_epochs=0` and start from the fine-tuned "
-                "model."
+                f"`weak_model={name!r}` compares checkpoints with the model that the weak-driven epochs begin with, "
+                f"but `sft_epochs={args.sft_epochs}` changes it before. Set `sft_epochs=0` and start from the "
+                "fine-tuned model."
             )
-        if "input_ids" not in (self.train_dataset.column_names or []) or isinstance(
-            self.train_dataset, IterableDataset
-        ):
+        columns = self.train_dataset.column_names or []
+        if "input_ids" not in columns or isinstance(self.train_dataset, IterableDataset):
             raise ValueError(f"`weak_model={name!r}` needs a tokenized `train_dataset` that is not streaming.")
         sample = self.train_dataset.shuffle(seed=args.draw_seed).select(range(min(256, len(self.train_dataset))))
         results = rank_weak_models(
             self.model,
             [name.removeprefix("auto:")],
-            sample.select_columns([column for column in ("input_ids", "labels") if column in sample.column_names]),
+            sample.select_columns([column for column in ("input_ids", "labels") if column in columns]),
             DataCollatorForLanguageModeling(self.processing_class.pad_token_id),
             self.processing_class,
             buffer_bytes=args.logits_buffer_mb * 2**20,
