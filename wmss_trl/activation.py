@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import torch.utils.data
 from accelerate import Accelerator
 from datasets import Dataset
@@ -22,6 +23,7 @@ from .ranking import MIN_RELATIVE_GAP, relative_gap
 from .score_files import ScoreCache, ScoreTable
 from .scoring import DataCollator, dataset_fingerprint, example_lengths, supervised_token_counts
 from .weak import WeakReference, fingerprint
+from .weak_cache import HiddenCache
 
 if TYPE_CHECKING:
     from .config import WMSSConfig
@@ -121,6 +123,7 @@ class DataActivation:
                 "`plot_curriculum=True` needs matplotlib. Install `wmss_trl[plots]`, or set `plot_curriculum=False`.",
                 stacklevel=3,
             )
+        self.hidden_cache = self._make_hidden_cache() if args.weak_cache is not None else None
         self.score_cache = self._make_score_cache(data_collator, lengths)
         self.score_file = self._read_score_file() if args.score_file is not None else None
 
@@ -172,6 +175,24 @@ class DataActivation:
             buffer_bytes=args.logits_buffer_mb * 2**20,
         )
 
+    def _make_hidden_cache(self) -> HiddenCache:
+        args, precision = self.args, self.accelerator.mixed_precision
+        head = self.weak_reference.lm_head()
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}  # in which the LM head multiplies anyway
+        identity = {
+            "train_dataset": self.fingerprint,
+            "model": self.weak_reference.fingerprint,
+            "precision": precision,
+            "attention": self.model.config._attn_implementation,
+        }
+        return HiddenCache(
+            args.weak_cache_dir or Path(args.output_dir) / "_weak_cache",
+            identity,
+            self.token_counts,
+            head.weight.size(1),
+            dtypes.get(precision, head.weight.dtype),
+        )
+
     def _read_score_file(self) -> ScoreTable:
         path = self.args.score_file
         table = ScoreTable.read(path)
@@ -198,6 +219,7 @@ class DataActivation:
     def score(self) -> tuple[np.ndarray, np.ndarray]:
         """Entropies of the data set under the weak and under the strong model, nats."""
         if self.score_file is not None and self.sampler.strong_entropy is None:  # for the first draw of the run
+            self.fill_hidden_cache()
             return self.score_file.weak_entropy, self.score_file.strong_entropy
         weak_entropy = self.sampler.weak_entropy
         if self.weak_reference.trained and self.sampler.strong_entropy is not None:
@@ -205,16 +227,35 @@ class DataActivation:
         if self.args.weak_refresh == "epoch" and (self.sampler.epoch or 0) > self.args.sft_epochs:
             # The weak model is what the strong one was at the draw before
             weak_entropy = self.sampler.strong_entropy if self.args.rescore_epochs == 1 else None
+        fill_cache = self.hidden_cache is not None and not self.hidden_cache.complete
+        if fill_cache:
+            weak_entropy = None
         strong = self._model_fingerprint()
         models, fingerprints = {"strong": lambda: nullcontext(self.model)}, {"strong": strong}
         if weak_entropy is None and strong != self.initial_model:
             models["weak"] = self.weak_reference.activated
-            fingerprints["weak"] = self.weak_reference.current_fingerprint()
+            changes = self.args.changes_weak_model
+            fingerprints["weak"] = (
+                self.weak_reference.current_fingerprint() if changes else self.weak_reference.fingerprint
+            )
         with self.accelerator.autocast():
-            entropies = self.score_cache.score(models, fingerprints)
+            name = "weak" if "weak" in models else "strong"
+            hidden_caches = {name: self.hidden_cache} if fill_cache else None
+            entropies = self.score_cache.score(models, fingerprints, hidden_caches)
         if weak_entropy is None:
             weak_entropy = entropies.get("weak", entropies["strong"])
         return weak_entropy, entropies["strong"]
+
+    def fill_hidden_cache(self) -> None:
+        """Write what the cache of the weak model's hidden states still lacks."""
+        if self.hidden_cache is None or self.hidden_cache.complete:
+            return
+        with self.accelerator.autocast():
+            self.score_cache.score(
+                {"weak": self.weak_reference.activated},
+                {"weak": self.weak_reference.fingerprint},
+                {"weak": self.hidden_cache},
+            )
 
     def score_initial_model(self) -> None:
         """Take M0's entropies from the strong model, if it is M0 and has not changed yet."""

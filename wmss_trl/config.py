@@ -112,6 +112,12 @@ class WMSSConfig(SFTConfig):
         logits_buffer_mb (`int`, *optional*, defaults to `256`):
             Memory in MiB for the tiles of logits from which the mixed loss is computed. The full logits of a batch are
             never held.
+        weak_cache (`str`, *optional*):
+            `"hidden"` writes the frozen weak model's last hidden states at the supervised positions to disk while it
+            is scored, and training reads them instead of running it; only its LM head stays in memory. Takes
+            supervised tokens x hidden size x 2 bytes in bfloat16.
+        weak_cache_dir (`str`, *optional*):
+            Folder for the cache, the same for all processes. Defaults to `_weak_cache` in `output_dir`.
         weak_model_name_or_path (`str`, *optional*):
             Hub id or checkpoint folder of the weak model. Used when the trainer gets no `weak_model`. If neither is
             given, the weak model is the model as it was handed in (the paper's M0).
@@ -222,6 +228,17 @@ class WMSSConfig(SFTConfig):
         default=256,
         metadata={"help": "Memory in MiB for the tiles of logits from which the mixed loss is computed."},
     )
+    weak_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to keep the frozen weak model's hidden states on disk instead of running it.",
+            "choices": ["hidden"],
+        },
+    )
+    weak_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the cache. Defaults to `_weak_cache` in output_dir."},
+    )
     weak_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Hub id or folder of the weak model. Defaults to the model as handed in (M0)."},
@@ -289,6 +306,7 @@ class WMSSConfig(SFTConfig):
                 f"`anchor_weight` must be in [0, 1), got {self.anchor_weight}. For plain SFT set `mixing_lambda=1.0`."
             )
         self._check_weak_refresh()
+        self._check_weak_cache()
         if self.train_weak and not self.mixes_logits:
             raise ValueError(
                 "`train_weak=True` with `mixing_lambda=1.0` gives the weak model no gradient. Lower `mixing_lambda`, "
@@ -418,3 +436,24 @@ class WMSSConfig(SFTConfig):
                 f"`weak_refresh='epoch'` with `mixing_lambda=1.0` and `rescore_epochs={self.rescore_epochs}` would "
                 "need scores of a model that is not kept. Set `rescore_epochs=1`."
             )
+
+    def _check_weak_cache(self) -> None:
+        if self.weak_cache is None:
+            if self.weak_cache_dir is not None:
+                raise ValueError(
+                    f"`weak_cache_dir={self.weak_cache_dir!r}` is for `weak_cache='hidden'`, but that is None. Set "
+                    "it, or remove `weak_cache_dir`."
+                )
+            return
+        if self.weak_cache != "hidden":
+            raise ValueError(f"`weak_cache` must be None or 'hidden', got {self.weak_cache!r}.")
+        reasons = {
+            "`train_weak=True` changes the weak model in each step": self.train_weak,
+            f"`weak_refresh={self.weak_refresh!r}` changes the weak model in each epoch": self.weak_refresh != "never",
+            "`mixing_lambda=1.0` needs no weak model in training": not self.mixes_logits,
+            "`curriculum=False` has no scoring pass in which it is written": not self.curriculum,
+            "`packing=True` is not supported with it in this version": self.packing,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"`weak_cache='hidden'` cannot be used: {reason}. Remove one of them.")

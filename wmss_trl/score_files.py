@@ -20,6 +20,7 @@ from torch import nn
 
 from .curriculum import check_finite, draw_active_set, sampling_weights
 from .scoring import DataCollator, score_models
+from .weak_cache import HiddenCache
 
 Activated = Callable[[], AbstractContextManager[nn.Module]]
 
@@ -58,7 +59,12 @@ class ScoreCache:
         self.score_options = score_options
         self._writable = True
 
-    def score(self, models: Mapping[str, Activated], fingerprints: Mapping[str, str]) -> dict[str, np.ndarray]:
+    def score(
+        self,
+        models: Mapping[str, Activated],
+        fingerprints: Mapping[str, str],
+        hidden_caches: Mapping[str, HiddenCache] | None = None,
+    ) -> dict[str, np.ndarray]:
         """
         Entropies of the models, read as far as they are on disk and computed in one pass where they are not.
 
@@ -67,6 +73,8 @@ class ScoreCache:
                 See [`~wmss_trl.scoring.score_models`].
             fingerprints (`dict[str, str]`):
                 Identity of each model, see [`~wmss_trl.weak.fingerprint`].
+            hidden_caches (`dict[str, HiddenCache]`, *optional*):
+                Where to keep the hidden states of some of the models.
 
         Returns:
             `dict[str, np.ndarray]`: float32 entropies in nats, each of shape `(n,)`.
@@ -76,6 +84,12 @@ class ScoreCache:
         if self.accelerator.is_main_process:
             known = {name: entropy for name, path in paths.items() if (entropy := self._read(path)) is not None}
         (known,) = broadcast_object_list([known])
+        for name, cache in (hidden_caches or {}).items():
+            if self.accelerator.is_main_process:
+                cache.create(self.accelerator.print)
+            self.accelerator.wait_for_everyone()
+            if name in known:
+                known[name] = np.where(cache.done(), known[name], np.nan)
         missing = {name: model for name, model in models.items() if name not in known or np.isnan(known[name]).any()}
         if not missing:
             return known
@@ -93,6 +107,7 @@ class ScoreCache:
             description=f"Scoring, {' and '.join(missing)} model{'s' if len(missing) > 1 else ''}",
             known={name: known[name] for name in missing if name in known},
             on_progress=save,
+            on_hidden={name: cache.write for name, cache in (hidden_caches or {}).items()},
             **self.score_options,
         )
         return known | computed

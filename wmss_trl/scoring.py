@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,7 @@ def score_models(
     buffer_bytes: int = 256 * 2**20,
     known: Mapping[str, np.ndarray] | None = None,
     on_progress: Callable[[dict[str, np.ndarray]], None] | None = None,
+    on_hidden: Mapping[str, Callable[[np.ndarray, Tensor], None]] | None = None,
 ) -> dict[str, np.ndarray]:
     """
     [`score_entropy`] of several models in one pass over the data set, whose examples are collated once.
@@ -108,6 +110,10 @@ def score_models(
             Results of an interrupted pass, NaN where there are none. Only what is missing is computed.
         on_progress (`Callable`, *optional*):
             Receives the results so far, NaN where there are none, every few batches and on every process.
+        on_hidden (`dict[str, Callable]`, *optional*):
+            For some of the models, a function that receives the indices of a batch's examples and the hidden states of
+            their supervised positions, on the process that has computed them. Needs
+            [`~wmss_trl.lm_head.add_head_access`].
         dataset, data_collator, batch_size, tokens_per_batch, accelerator, description, disable_tqdm, buffer_bytes:
             See [`score_entropy`].
 
@@ -138,13 +144,16 @@ def score_models(
             # last round leaves without a batch repeat one and drop the result.
             collated = [data_collator(_examples(dataset, share[min(rank, len(share) - 1)])) for share in rounds]
             scores = []
-            for number, activated in enumerate(models.values()):
+            for number, (name, activated) in enumerate(models.items()):
                 with activated() as model, evaluating(model):
                     device = next(model.parameters()).device
                     results = torch.zeros(sum(map(len, shard)), device=device)
                     position = 0
                     for share, batch in zip(rounds, collated, strict=True):
-                        entropy = _batch_entropy(model, batch, lengths[share[min(rank, len(share) - 1)]], buffer_bytes)
+                        indices = share[min(rank, len(share) - 1)]
+                        keep = (on_hidden or {}).get(name) if rank < len(share) else None
+                        keep_hidden = None if keep is None else partial(keep, indices)
+                        entropy = _batch_entropy(model, batch, lengths[indices], buffer_bytes, keep_hidden)
                         if rank < len(share):
                             start = position + sum(map(len, share[:rank]))
                             results[start : start + len(share[rank])] = entropy
@@ -254,7 +263,13 @@ def undisturbed_random_state() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _batch_entropy(model: nn.Module, batch: dict[str, Any], lengths: np.ndarray, buffer_bytes: int) -> Tensor:
+def _batch_entropy(
+    model: nn.Module,
+    batch: dict[str, Any],
+    lengths: np.ndarray,
+    buffer_bytes: int,
+    keep_hidden: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """Entropy of each example of a batch, whose examples have `lengths` tokens."""
     device = next(model.parameters()).device
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -263,6 +278,8 @@ def _batch_entropy(model: nn.Module, batch: dict[str, Any], lengths: np.ndarray,
     if getattr(unwrap_adapter(model), "has_head_access", False):
 
         def entropy(hidden: Tensor, head: LMHead) -> Tensor:
+            if keep_hidden is not None:
+                keep_hidden(hidden)
             return linear_entropy(hidden, head.weight, head.bias, head.scale, head.softcap, buffer_bytes)
 
         positions = mask.nonzero().squeeze(-1)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -39,6 +40,7 @@ from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
 from .scoring import undisturbed_random_state
 from .weak import WeakReference, make_weak_reference
+from .weak_cache import INDEX_COLUMN, CachedHiddenCollator
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -206,6 +208,8 @@ class WMSSTrainer(SFTTrainer):
                 "`lambda_schedule='crossover'` measures the logits of both LM heads on a sample of the data set, but "
                 f"{problem}. Use another schedule."
             )
+        if args.weak_cache is not None and self._full_logits:
+            raise ValueError("`weak_cache='hidden'` needs LM heads that can be reached. Remove it.")
         self._activation: DataActivation | None = None
         if args.curriculum:
             self._activation = DataActivation(
@@ -355,6 +359,9 @@ class WMSSTrainer(SFTTrainer):
         dataset, collator = self.train_dataset, self.data_collator
         if self._activation is not None:
             dataset, collator = self._activation.dataset, self._activation.score_cache.data_collator
+            if (cache := self._activation.hidden_cache) is not None:
+                dataset = dataset.add_column(INDEX_COLUMN, np.arange(len(dataset)))
+                collator = CachedHiddenCollator(collator, cache)
         sample = dataset.shuffle(seed=self.args.draw_seed).select(range(min(256, len(dataset))))
         norms = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         batch_size = self.args.per_device_eval_batch_size
@@ -380,10 +387,11 @@ class WMSSTrainer(SFTTrainer):
     ) -> tuple[MixedLossOutput, HeadOutput]:
         """The fused form, on the hidden states of the positions that have a target."""
         positions = (targets != -100).nonzero().squeeze(-1)
-        with self.weak_reference.activated_for_training() as weak:
-            weak_hidden, weak_head = weak(
-                **inputs, positions=positions, with_lm_head=lambda hidden, head: (hidden, head)
-            ).value
+        weak_hidden = inputs.pop("weak_hidden", None)
+        if weak_hidden is not None:
+            weak_head = self.weak_reference.lm_head()
+        else:
+            weak_hidden, weak_head = self._weak_hidden_states(inputs, positions)
 
         def fused_loss(hidden: torch.Tensor, head: LMHead) -> MixedLossOutput:
             return linear_mixed_cross_entropy(
@@ -410,6 +418,10 @@ class WMSSTrainer(SFTTrainer):
             inputs = inputs | {"output_router_logits": True}
         outputs = model(**inputs, positions=positions, with_lm_head=fused_loss)
         return outputs.value, outputs
+
+    def _weak_hidden_states(self, inputs: dict[str, Any], positions: torch.Tensor) -> tuple[torch.Tensor, LMHead]:
+        with self.weak_reference.activated_for_training() as weak:
+            return weak(**inputs, positions=positions, with_lm_head=lambda hidden, head: (hidden, head)).value
 
     def _mixed_loss_on_full_logits(
         self,
@@ -471,13 +483,7 @@ class WMSSTrainer(SFTTrainer):
         epochs, steps_per_epoch, num_examples, num_samples, batch_size, full_batches, max_steps = values
         active_batches = full_batches
         if self.curriculum_sampler is not None:
-            self._active_dataloader = self._get_dataloader(
-                dataset=self._activation.dataset_of_rows,
-                description="Weak-driven training",
-                batch_size=self._train_batch_size,
-                sampler_fn=lambda _: self.curriculum_sampler,
-                is_training=True,
-            )
+            self._active_dataloader = self._make_active_dataloader()
             active_batches = len(self._active_dataloader)
         self._plan = EpochPlan(args.sft_epochs, full_batches, active_batches, args.gradient_accumulation_steps)
         if active_batches == full_batches:
@@ -488,6 +494,27 @@ class WMSSTrainer(SFTTrainer):
             max_steps = self._plan.total_steps(args.num_train_epochs)
             num_samples = max_steps * batch_size
         return epochs, steps_per_epoch, num_examples, num_samples, batch_size, full_batches, max_steps
+
+    def _make_active_dataloader(self) -> DataLoader:
+        dataset, collator, cache = self._activation.dataset_of_rows, self.data_collator, self._activation.hidden_cache
+        if cache is not None:
+            dataset = dataset.add_column(INDEX_COLUMN, np.arange(len(dataset)))
+            self.data_collator = CachedHiddenCollator(collator, cache)
+        try:
+            return self._get_dataloader(
+                dataset=dataset,
+                description="Weak-driven training",
+                batch_size=self._train_batch_size,
+                sampler_fn=lambda _: self.curriculum_sampler,
+                is_training=True,
+            )
+        finally:
+            self.data_collator = collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if INDEX_COLUMN not in self._signature_columns:
+            self._signature_columns.append(INDEX_COLUMN)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -581,8 +608,12 @@ class WMSSTrainer(SFTTrainer):
             steps_in_epoch, num_update_steps_per_epoch = self._plan.batches(epoch), self._plan.steps(epoch)
             if self._weak_driven:
                 train_dataloader = self._active_dataloader
+                self._activation.fill_hidden_cache()
             else:
                 self._activation.score_initial_model()
+            cache = self._activation.hidden_cache
+            if cache is not None and cache.complete and sampler.weak_entropy is not None:
+                self.weak_reference.keep_only_lm_head()
         if self._weak_driven and self.args.lambda_schedule == "crossover" and (self._crossover or [None])[0] != epoch:
             self._crossover = epoch, self._measure_crossover()
         super()._run_epoch(

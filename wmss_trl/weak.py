@@ -25,7 +25,7 @@ from .adapters import (
     recomputing_with,
     sibling,
 )
-from .lm_head import add_head_access, evaluating, unwrap_adapter
+from .lm_head import LMHead, add_head_access, evaluating, logit_transform, unwrap_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -56,6 +56,23 @@ class WeakReference:
         """The model to call for weak logits, in eval mode and without gradients while the context lasts."""
         with torch.no_grad():
             yield self.model
+
+    def lm_head(self) -> LMHead:
+        """The LM head of the weak model, wherever that is kept."""
+        with self.activated() as model:
+            base = unwrap_adapter(model)
+            head = base.get_output_embeddings()
+            bias = None if head.bias is None else head.bias.detach()
+            return LMHead(head.weight.detach(), bias, *logit_transform(base.config))
+
+    def keep_only_lm_head(self) -> None:
+        """Give back the memory of what is not needed when hidden states are read from a cache."""
+        head = self.lm_head()
+        self.lm_head = lambda: head
+        self._release()
+
+    def _release(self) -> None:
+        self.model.to("meta")
 
     def activated_for_training(self) -> AbstractContextManager[nn.Module]:
         """The model to call in a training step: with gradients if it is trained, or else like `activated`."""
@@ -117,6 +134,9 @@ class DisabledAdapter(WeakReference):
         with keeping_requires_grad(self.model), evaluating(self.model), self.model.disable_adapter():
             yield self.model
 
+    def _release(self) -> None:
+        """The base is the strong model's own."""
+
 
 class NamedAdapter(WeakReference):
     """
@@ -152,6 +172,9 @@ class NamedAdapter(WeakReference):
     def activated(self) -> Iterator[nn.Module]:
         with evaluating(self.model), active_adapter(self.model, self.name):
             yield self.model
+
+    def _release(self) -> None:
+        """The base is the strong model's own."""
 
 
 class TrainedModel(WeakReference):

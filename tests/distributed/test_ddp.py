@@ -44,6 +44,8 @@ OTHERS = {
     "joint": {"train_weak": True, "mixing_lambda": 0.4},
     "joint-lora": {"train_weak": True, "mixing_lambda": 0.4, "lora": True, "activation_checkpointing": True},
     "lora": {"lora": True},
+    "rounds": {"weak_refresh": "epoch"},
+    "cached": {"weak_cache": "hidden"},
 }
 RUNS = ["full", *OTHERS]
 

@@ -1,0 +1,211 @@
+"""Training on the weak model's cached hidden states."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+
+from wmss_trl import WMSSTrainer
+from wmss_trl.weak_cache import HiddenCache
+
+LORA = LoraConfig(r=4)
+
+
+@pytest.fixture
+def make_trainer(make_model, make_args, tokenizer, dataset):
+    def make(model=None, peft_config=None, weak_model=None, **kwargs):
+        return WMSSTrainer(
+            make_model(dropout=0.0) if model is None else model,
+            make_args(**{"weak_cache": "hidden", **kwargs}),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            weak_model=weak_model,
+        )
+
+    return make
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sft_epochs": 0, "num_train_epochs": 2, "own_weak_model": True},
+        {"lora": True},
+        {"gradient_accumulation_steps": 3, "train_sampling_strategy": "group_by_length"},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"padding_free": True, "max_length": None},
+        {"lambda_schedule": "crossover"},
+        {"curriculum_replacement": True, "active_fraction": 1.0},
+    ],
+    ids=lambda options: " ".join(options) or "default",
+)
+def test_losses_are_those_without_the_cache(make_trainer, make_model, options, tmp_path):
+    options = dict(options)
+    lora, own = options.pop("lora", False), options.pop("own_weak_model", False)
+    runs = []
+    for weak_cache in (None, "hidden"):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            peft_config=LORA if lora else None,
+            weak_model=make_model(seed=3, dropout=0.0) if own else None,
+            weak_cache=weak_cache,
+            output_dir=str(tmp_path / str(weak_cache)),
+            **options,
+        )
+        if weak_cache is not None:
+            trainer._weak_hidden_states = lambda *_: pytest.fail("ran the weak model in training")
+        trainer.train()
+        runs.append(trainer)
+    np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=1e-5)
+    entropies = [[entry.get("weak_entropy") for entry in trainer.state.log_history] for trainer in runs]
+    assert entropies[0][-2] == pytest.approx(entropies[1][-2], rel=1e-5)
+
+
+def test_cache_is_written_in_the_scoring_pass_and_the_model_let_go(make_trainer, make_model, tmp_path):
+    trainer = make_trainer(weak_model=make_model(seed=3, dropout=0.0), num_train_epochs=2)
+    forwards = []
+    trainer.weak_reference.model.register_forward_hook(lambda *_: forwards.append(1))
+    counts, cache = [], trainer._activation.score_cache
+    collate = cache.data_collator
+    cache.data_collator = lambda examples: counts.append(len(examples)) or collate(examples)
+    trainer.train()
+    assert sum(counts) == 37  # both models in one pass
+    assert len(forwards) == len(counts)
+    assert {parameter.device.type for parameter in trainer.weak_reference.model.parameters()} == {"meta"}
+    head = trainer.weak_reference.lm_head()
+    torch.testing.assert_close(head.weight, make_model(seed=3).lm_head.weight)
+    (path,) = (tmp_path / "run" / "_weak_cache").glob("*.hidden")
+    hidden_size = head.weight.size(1)
+    assert path.stat().st_size == trainer._activation.token_counts.sum() * hidden_size * 4
+    stored = trainer._activation.hidden_cache.read([5, 2])
+    model, expected = make_model(seed=3, dropout=0.0).eval(), []
+    for index in (5, 2):
+        ids, labels = (torch.tensor(trainer.train_dataset[index][key]) for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            expected.append(model.model(ids[None]).last_hidden_state[0, :-1][labels[1:] != -100])
+    torch.testing.assert_close(stored, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_m0_is_cached_by_the_strong_model_before_phase_1(make_trainer):
+    trainer = make_trainer(num_train_epochs=1)
+    trainer.train()
+    assert trainer._activation.hidden_cache.complete
+    assert trainer.weak_reference.model.lm_head.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("keep_cache", [True, False])
+def test_resumed_run_ends_the_same(make_trainer, keep_cache, tmp_path):
+    whole = make_trainer(save_strategy="steps", save_steps=1, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    for step in (4, 10, 13, 18):
+        output_dir = str(tmp_path / f"resumed-{step}")
+        folder = str(tmp_path / "whole" / "_weak_cache") if keep_cache else None
+        resumed = make_trainer(output_dir=output_dir, weak_cache_dir=folder)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        np.testing.assert_allclose(losses(resumed), losses(whole), rtol=0 if keep_cache else 1e-6)
+
+
+def test_half_precision_is_stored_as_it_is_multiplied(make_trainer, tmp_path):
+    runs = []
+    for weak_cache in (None, "hidden"):
+        options = {"active_fraction": 1.0, "train_sampling_strategy": "sequential"}  # whatever the scores are
+        trainer = make_trainer(bf16=True, weak_cache=weak_cache, output_dir=str(tmp_path / str(weak_cache)), **options)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert trainer._activation.hidden_cache.dtype == torch.bfloat16
+    np.testing.assert_allclose(runs[1], runs[0], rtol=2e-3)
+
+
+def test_a_run_on_the_same_data_and_model_finds_the_cache(make_trainer, make_model, tmp_path):
+    first = make_trainer(weak_model=make_model(seed=3))
+    first.train()
+    again = make_trainer(weak_model=make_model(seed=3))
+    assert again._activation.hidden_cache.complete
+    again.train()
+    assert losses(again) == losses(first)
+    shutil.rmtree(tmp_path / "run" / "_scores")  # the weak model must be kept until it has been scored
+    without_scores = make_trainer(weak_model=make_model(seed=3))
+    without_scores.train()
+    assert losses(without_scores) == pytest.approx(losses(first), rel=1e-6)
+    other = make_trainer(weak_model=make_model(seed=4))
+    assert not other._activation.hidden_cache.complete
+
+
+def test_score_file_does_not_replace_the_cache(make_trainer, make_model, tmp_path):
+    options = {"weak_model": make_model(seed=3), "sft_epochs": 0, "num_train_epochs": 1, "weak_cache": None}
+    make_trainer(**options).score_table().write(tmp_path / "scores.parquet")
+    runs = []
+    for weak_cache in (None, "hidden"):
+        options |= {"weak_model": make_model(seed=3), "weak_cache": weak_cache}
+        trainer = make_trainer(
+            **options, score_file=str(tmp_path / "scores.parquet"), output_dir=str(tmp_path / str(weak_cache))
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
+
+
+def test_interrupted_writing_goes_on(make_trainer, make_model, monkeypatch):
+    monkeypatch.setattr("wmss_trl.scoring._ROUNDS_PER_SHARD", 1)
+    trainer = make_trainer(weak_model=make_model(seed=3), scoring_batch_size=4)
+    write, cache = trainer._activation.hidden_cache.write, trainer._activation.hidden_cache
+
+    def killed(indices, hidden):
+        if cache.done().sum() >= 20:
+            raise KeyboardInterrupt
+        write(indices, hidden)
+
+    cache.write = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    again = make_trainer(weak_model=make_model(seed=3), scoring_batch_size=4)
+    assert again._activation.hidden_cache.done().sum() == 20
+    again.train()
+    assert again._activation.hidden_cache.complete
+
+
+def test_a_worker_maps_the_file_itself(tmp_path):
+    cache = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
+    cache.create(lambda message: None)
+    cache.write(np.array([1, 0]), torch.arange(9.0).view(3, 3))
+    assert cache.complete
+    copied = pickle.loads(pickle.dumps(cache))
+    assert copied.read([0, 1]).tolist() == [[3, 4, 5], [6, 7, 8], [0, 1, 2]]
+
+
+def test_too_little_disk_is_refused_with_the_figures(tmp_path):
+    cache = HiddenCache(tmp_path, {}, np.array([10**12]), 4096, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"needs 1,000,000,000,000 tokens x 4096 x 2 bytes = .* GiB .* are free"):
+        cache.create(lambda message: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_need_is_said_before_writing(tmp_path):
+    messages = []
+    HiddenCache(tmp_path, {}, np.array([3, 4]), 8, torch.bfloat16).create(messages.append)
+    assert "7 tokens x 8 x 2 bytes" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_weak": True}, r"`train_weak=True` changes the weak model in each step"),
+        ({"weak_refresh": "epoch"}, r"`weak_refresh='epoch'` changes the weak model in each epoch"),
+        ({"mixing_lambda": 1.0}, r"`mixing_lambda=1.0` needs no weak model"),
+        ({"curriculum": False}, r"`curriculum=False` has no scoring pass"),
+        ({"packing": True}, r"`packing=True` is not supported with it"),
+        ({"weak_cache": "logits"}, r"`weak_cache` must be None or 'hidden', got 'logits'"),
+        ({"weak_cache": None, "weak_cache_dir": "x"}, r"`weak_cache_dir='x'` is for `weak_cache='hidden'`"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(make_args, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**{"weak_cache": "hidden", **options})
