@@ -1,0 +1,106 @@
+"""
+Time and memory of a training step with each kind of weak reference, beside SFT with the same set-up.
+
+    python benchmarks/weak.py                      # CPU: a Qwen3 of 8 layers, hidden 512, vocabulary 32k, float32
+    python benchmarks/weak.py --lora [--checkpointing]
+    python benchmarks/weak.py --preset qwen3-0.6b --batch_size 4 --tokens 1024 --device cuda --bf16 [--lora]
+
+Real trainers run `train()` at the same time in one process and take turns at every step, see benchmarks/step.py.
+Memory (CUDA only) is the peak that a step allocates beyond what was there before it; "resident" is what a trainer
+holds before its first step.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import datasets
+import torch
+from datasets import Dataset
+from measure import environment, markdown_table
+from peft import LoraConfig
+from step import PRESETS, FullLogitSFTTrainer, build_qwen3, take_turns
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+
+from wmss_trl import WMSSConfig, WMSSTrainer
+from wmss_trl.data.tiny import build_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--lora", action="store_true", help="LoRA of rank 16 on all linear layers of the backbone.")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256, help="Tokens per example.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", default=None, help="File for the raw figures.")
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+
+    vocab_size = PRESETS[args.preset][-2]
+    tokenizer = build_tokenizer(["a"], vocab_size=300)
+    generator = torch.Generator().manual_seed(0)
+    steps = args.rounds + 2
+    ids = torch.randint(3, vocab_size, (steps * args.batch_size, args.tokens), generator=generator).tolist()
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    resident = {}
+
+    def make(name: str, cls: type[Trainer], weak_model: bool = False, **options) -> Trainer:
+        is_wmss = issubclass(cls, WMSSTrainer)
+        config = WMSSConfig if is_wmss else SFTConfig
+        arguments = config(
+            output_dir=tempfile.mkdtemp(),
+            max_steps=steps,
+            per_device_train_batch_size=args.batch_size,
+            max_length=None,
+            bf16=args.bf16,
+            use_cpu=args.device == "cpu",
+            activation_checkpointing=args.checkpointing,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **({"sft_epochs": 0, "active_fraction": 1.0, "plot_curriculum": False} if is_wmss else {}),
+            **options,
+        )
+        peft_config = LoraConfig(r=16, target_modules="all-linear") if args.lora else None
+        before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
+        trainer = cls(
+            build_qwen3(args.preset, 0, args.tokens),
+            arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            **({"weak_model": build_qwen3(args.preset, 1, args.tokens)} if weak_model else {}),
+        )
+        if args.device.startswith("cuda"):
+            resident[name] = (torch.cuda.memory_allocated() - before) / 2**20
+        trainer.log = lambda *_, **__: None
+        return trainer
+
+    frozen = "weak = base" if args.lora else "frozen weak"
+    candidates = {
+        "(a) SFTTrainer": (SFTTrainer, {}),
+        "(a2) SFT, full logits": (FullLogitSFTTrainer, {}),
+        f"(c) WMSS, {frozen}": (WMSSTrainer, {"weak_model": not args.lora}),
+        "(c) WMSS, cached hidden states": (WMSSTrainer, {"weak_model": not args.lora, "weak_cache": "hidden"}),
+        "(c) WMSS, joint": (WMSSTrainer, {"train_weak": True, "weak_model": not args.lora}),
+    }
+    trainers = {name: make(name, cls, **options) for name, (cls, options) in candidates.items()}
+    results = take_turns(trainers, args.rounds, args.device)
+    print(environment(args.device), f"{vars(args)}", sep="\n", end="\n\n")
+    print(markdown_table(results, baselines=[name for name in results if name.startswith("(a")]))
+    if resident:
+        print(f"\nResident before training, MB: {resident}")
+    if args.json:
+        rows = {name: result.as_dict() for name, result in results.items()}
+        Path(args.json).write_text(json.dumps({"arguments": vars(args), "resident": resident} | rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
