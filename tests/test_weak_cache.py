@@ -69,8 +69,10 @@ def test_losses_are_those_without_the_cache(make_trainer, make_model, options, t
     assert entropies[0][-2] == pytest.approx(entropies[1][-2], rel=1e-5)
 
 
-def test_cache_is_written_in_the_scoring_pass_and_the_model_let_go(make_trainer, make_model, tmp_path):
-    trainer = make_trainer(weak_model=make_model(seed=3, dropout=0.0), num_train_epochs=2)
+def test_cache_is_written_in_the_scoring_pass_and_the_model_let_go(make_trainer, make_model, tokenizer, tmp_path):
+    make_model(seed=3, dropout=0.0).save_pretrained(tmp_path / "weak")
+    tokenizer.save_pretrained(tmp_path / "weak")
+    trainer = make_trainer(weak_model=str(tmp_path / "weak"), num_train_epochs=2)
     forwards = []
     trainer.weak_reference.model.register_forward_hook(lambda *_: forwards.append(1))
     counts, cache = [], trainer._activation.score_cache
@@ -92,6 +94,13 @@ def test_cache_is_written_in_the_scoring_pass_and_the_model_let_go(make_trainer,
         with torch.no_grad():
             expected.append(model.model(ids[None]).last_hidden_state[0, :-1][labels[1:] != -100])
     torch.testing.assert_close(stored, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_the_users_is_left_alone(make_trainer, make_model):
+    weak = make_model(seed=3)
+    make_trainer(weak_model=weak, num_train_epochs=2).train()
+    for parameter, expected in zip(weak.parameters(), make_model(seed=3).parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 def test_m0_is_cached_by_the_strong_model_before_phase_1(make_trainer):
@@ -179,6 +188,17 @@ def test_a_worker_maps_the_file_itself(tmp_path):
     assert cache.complete
     copied = pickle.loads(pickle.dumps(cache))
     assert copied.read([0, 1]).tolist() == [[3, 4, 5], [6, 7, 8], [0, 1, 2]]
+
+
+def test_lost_hidden_states_are_not_taken_for_zeros(tmp_path):
+    cache = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
+    cache.create(lambda message: None)
+    cache.write(np.array([0, 1]), torch.ones(3, 3))
+    cache.path.unlink()
+    again = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
+    assert not again.complete
+    again.create(lambda message: None)
+    assert not again.done().any()
 
 
 def test_too_little_disk_is_refused_with_the_figures(tmp_path):

@@ -42,12 +42,15 @@ class WeakReference:
             The weak model. It is put into eval mode and its parameters stop requiring gradients.
         head_problem (`str`, *optional*):
             Why its logits cannot be computed from its LM head, see [`~wmss_trl.lm_head.add_head_access`].
+        owned (`bool`, *optional*, defaults to `False`):
+            Whether nobody else uses the model, so that its memory can be given back.
     """
 
     trained = False
 
-    def __init__(self, model: PreTrainedModel, head_problem: str | None = None):
+    def __init__(self, model: PreTrainedModel, head_problem: str | None = None, owned: bool = False):
         self.model = model.requires_grad_(False).eval()
+        self.owned = owned
         self.head_problem = head_problem
         self.fingerprint = fingerprint(dict(model.named_parameters()))
 
@@ -72,7 +75,8 @@ class WeakReference:
         self._release()
 
     def _release(self) -> None:
-        self.model.to("meta")
+        if self.owned:
+            self.model.to("meta")
 
     def activated_for_training(self) -> AbstractContextManager[nn.Module]:
         """The model to call in a training step: with gradients if it is trained, or else like `activated`."""
@@ -307,6 +311,7 @@ def make_weak_reference(
         raise ValueError(f"Both `weak_model` and `weak_model_name_or_path={name!r}` are set. Keep one of them.")
     weak_model = name if weak_model is None else weak_model
     beside = TrainedAdapter if args.train_weak else NamedAdapter
+    owned = not isinstance(weak_model, nn.Module)
     if init_kwargs and not isinstance(weak_model, str):
         raise ValueError(
             f"`weak_model_init_kwargs={init_kwargs}` apply to a weak model that is loaded by name or path. Set "
@@ -353,7 +358,7 @@ def make_weak_reference(
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
     head_problem = add_head_access(unwrap_adapter(weak_model))
     if not args.train_weak:
-        return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True), head_problem)
+        return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True), head_problem, owned)
     if is_peft_model(strong):
         raise ValueError(
             "`train_weak=True` trains a second adapter beside the model's own, but `weak_model` is a whole model. "

@@ -67,7 +67,7 @@ class HiddenCache:
         Raises:
             ValueError: If the disk has less room than they need.
         """
-        if self.done_path.exists():
+        if self.done_path.exists() and self.path.exists():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path.parent).free
@@ -81,7 +81,6 @@ class HiddenCache:
                 "Free some space, put `weak_cache_dir` on another disk, or set `weak_cache=None`."
             )
         log(f"The weak model's hidden states take {need} in {self.path.parent}.")
-        self.path.unlink(missing_ok=True)
         for path, size in ((self.path, self.num_bytes), (self.done_path, len(self.token_counts))):
             with path.open("wb") as file:
                 file.truncate(size)
@@ -96,7 +95,7 @@ class HiddenCache:
 
     @property
     def complete(self) -> bool:
-        return self.done_path.exists() and bool(self.done().all())
+        return self.done_path.exists() and self.path.exists() and bool(self.done().all())
 
     def write(self, indices: np.ndarray, hidden: Tensor) -> None:
         """
