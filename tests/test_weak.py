@@ -14,9 +14,10 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from wmss_trl import WMSSTrainer
+from wmss_trl.data.tiny import build_model
 from wmss_trl.weak import DisabledAdapter, NamedAdapter, WeakReference, split_revision
 
 PROJECTIONS = ["q_proj", "v_proj"]
@@ -257,6 +258,56 @@ def test_adapter_that_can_only_be_there_once_is_copied_with_its_base(make_traine
     trainer.train()
     torch.testing.assert_close(weak_logits(trainer), expected)
     assert not torch.allclose(logits(trainer.model), expected, atol=1e-4)
+
+
+@pytest.fixture
+def wide_base(tokenizer, tmp_path):
+    """As wide as a block of the 4-bit format."""
+    build_model(tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    return str(tmp_path / "wide")
+
+
+@pytest.mark.parametrize("form", ["base", "cached", "joint"])
+def test_4_bit_base(make_args, dataset, tokenizer, wide_base, form):
+    """QLoRA: the base is quantised, the adapters are not."""
+    quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base_logits = logits(AutoModelForCausalLM.from_pretrained(wide_base, quantization_config=quantization_config))
+    options = {"joint": {"train_weak": True, "mixing_lambda": 0.3}, "cached": {"weak_cache": "hidden"}}.get(form, {})
+    trainer = WMSSTrainer(
+        wide_base,
+        make_args(sft_epochs=1, num_train_epochs=2, learning_rate=1e-2, **options),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=copy.deepcopy(METHODS["lora"]),
+        quantization_config=quantization_config,
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    assert torch.uint8 in {parameter.dtype for parameter in before.values()}
+    expected = weak_logits(trainer)
+    torch.testing.assert_close(expected, base_logits, rtol=0, atol=0.02)  # bitsandbytes multiplies those in bfloat16
+    trainer.train()
+    for name, value in before.items():
+        assert torch.equal(trainer.model.get_parameter(name), value), name
+    assert "mixed_nll" in trainer.state.log_history[-2]
+    # Scoring must not end the training of the layers below a 4-bit one
+    trained = [p for name, p in trainer.model.named_parameters() if "lora_B.default" in name]
+    assert all(parameter.abs().max() > 0 for parameter in trained)
+    changed = not torch.allclose(weak_logits(trainer), expected, atol=1e-4)
+    assert changed == (form == "joint")
+    assert not torch.allclose(logits(trainer.model), expected, atol=1e-4)
+
+
+def test_quantised_weak_model_of_a_full_run(make_trainer, wide_base):
+    quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    expected = logits(AutoModelForCausalLM.from_pretrained(wide_base, quantization_config=quantization_config))
+    init_kwargs = {"quantization_config": quantization_config}
+    trainer = make_trainer(wide_base, weak_model_name_or_path=wide_base, weak_model_init_kwargs=init_kwargs)
+    trainer.train()
+    assert torch.uint8 in {parameter.dtype for parameter in trainer.weak_reference.model.parameters()}
+    torch.testing.assert_close(weak_logits(trainer), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`train_weak=True` cannot train a quantised `weak_model`"):
+        make_trainer(wide_base, weak_model_name_or_path=wide_base, weak_model_init_kwargs=init_kwargs, train_weak=True)
 
 
 # Bad input

@@ -80,6 +80,16 @@ def _adapter_of_layer(layer: nn.Module, name: str) -> Iterator[None]:
             module._active_adapter = adapter
 
 
+def keep_trainable_on_cpu(model: nn.Module) -> None:
+    """
+    Stop bitsandbytes from packing 4-bit weights in the first forward in eval mode on a CPU: no gradient passes through
+    packed ones, so scoring would end the training of all adapters below. Private to bitsandbytes, checked with 0.50.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def adapter_parameters(model: "PeftModel", name: str) -> dict[str, nn.Parameter]:
     """Parameters of one adapter of a model, by their names."""
     return {key: parameter for key, parameter in model.named_parameters() if re.search(rf"\.{name}(\.|$)", key)}

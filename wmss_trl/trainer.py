@@ -28,6 +28,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
+from .adapters import keep_trainable_on_cpu
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
@@ -186,6 +187,7 @@ class WMSSTrainer(SFTTrainer):
                 )
             return
         self._check_supported()
+        keep_trainable_on_cpu(self.model)
         head_problem = add_head_access(unwrap_adapter(self.model))
         weak_model = self._choose_weak_model(weak_model)
         self.weak_reference = make_weak_reference(
