@@ -222,6 +222,22 @@ def test_optimizer_and_clipping_cover_both(make_trainer):
     assert isinstance(trainer.weak_reference, TrainedModel)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_bf16_autocast_covers_both(make_trainer, lora):
+    runs, dtypes = [], set()
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        trainer = make_trainer(peft_config=LORA if lora else None, bf16=bf16, mixing_lambda=0.3, active_fraction=1.0)
+        if bf16:
+            base = trainer.weak_reference.model.get_base_model() if lora else trainer.weak_reference.model
+            base.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: dtypes.add(args[2].dtype))
+        trainer.train()
+        runs.append(losses(trainer))
+    assert dtypes == {torch.bfloat16}
+    assert runs[0] != runs[1]
+    np.testing.assert_allclose(runs[1], runs[0], rtol=2e-2)
+
+
 # Bad input
 
 

@@ -328,6 +328,14 @@ def test_adapter_of_another_method_is_refused(make_trainer, base, tmp_path):
         make_trainer(base, METHODS["lora"], weak_model=str(tmp_path / "earlier"))
 
 
+def test_adapter_on_the_lm_head_is_refused(make_trainer, base, tmp_path):
+    trained_adapter(base, LoraConfig(r=4, target_modules=["q_proj", "lm_head"]), tmp_path / "earlier")
+    with pytest.raises(ValueError, match=r"weak_model=.* has an adapter on the LM head.*merge it into its base"):
+        make_trainer(base, METHODS["lora"], weak_model=str(tmp_path / "earlier"))
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):  # SFTTrainer's own
+        make_trainer(base, LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+
+
 def test_prompt_learning_as_weak_model_is_refused(make_trainer, base, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "earlier")

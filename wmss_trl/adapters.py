@@ -149,6 +149,8 @@ def load_adapter(strong: "PeftModel", name_or_path: str, config: "PeftConfig", i
     Raises:
         ValueError: If the adapter is for another base or cannot be put beside the one of `strong`.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     active = strong.active_adapter
     remedy = "To use it anyway, merge it into its base (`merge_and_unload`) and pass the folder of the whole model."
     bases = [config.base_model_name_or_path, strong.peft_config[active].base_model_name_or_path]
@@ -177,6 +179,11 @@ def load_adapter(strong: "PeftModel", name_or_path: str, config: "PeftConfig", i
                 f"`weak_model={name_or_path!r}` cannot be put beside the model's own adapter: {error}. {remedy}"
             ) from error
         strong.set_adapter(active)
+    if isinstance(strong.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"`weak_model={name_or_path!r}` has an adapter on the LM head, but the loss multiplies with the weight of "
+            f"that directly. {remedy}"
+        )
     return WEAK_ADAPTER
 
 
