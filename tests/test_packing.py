@@ -144,4 +144,6 @@ def test_saved_model_of_a_packed_run_loads(make_packed, tmp_path):
     trainer = make_packed()
     trainer.train()
     trainer.save_model()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    for parameter, expected in zip(loaded.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)

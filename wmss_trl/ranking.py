@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .diagnostics import crossover_lambda
 from .lm_head import LMHead, add_head_access, evaluating, unwrap_adapter
@@ -17,9 +18,14 @@ from .losses import next_token_targets, project, transform_logits_
 from .scoring import DataCollator, example_lengths, length_batches
 from .weak import check_same_vocabulary, load_tokenizer, load_weak_model
 
+if TYPE_CHECKING:
+    from .config import WMSSConfig
+
 # Relative entropy gap below which a weak model is called too close. The paper (v2) finds no gain at a gap of about 0
 # and none beyond a sufficient one, without a number: this one is ours.
 MIN_RELATIVE_GAP = 0.05
+# Prefix of a `weak_model` that is to be chosen among the checkpoints in a folder
+AUTO = "auto:"
 
 
 @dataclass
@@ -219,6 +225,40 @@ def rank_weak_models(
             on_result(results[-1])
         del weak
     return sorted(results, key=lambda result: (result.too_close, -result.hard_negative_share))
+
+
+def rank_checkpoints(
+    name: str,
+    strong: PreTrainedModel,
+    train_dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase,
+    args: "WMSSConfig",
+    device: torch.device,
+) -> list[Separation]:
+    """
+    Rank the checkpoints of `auto:FOLDER` for a run that begins with `strong`, on up to 256 of its examples.
+
+    Raises:
+        ValueError: If the weak-driven epochs will not begin with `strong`, or the data set is not tokenized.
+    """
+    if args.sft_epochs:
+        raise ValueError(
+            f"`weak_model={name!r}` compares checkpoints with the model that the weak-driven epochs begin with, but "
+            f"`sft_epochs={args.sft_epochs}` changes it before. Set `sft_epochs=0` and start from the fine-tuned "
+            "model."
+        )
+    columns = getattr(train_dataset, "column_names", None) or []
+    if not isinstance(train_dataset, Dataset) or "input_ids" not in columns:
+        raise ValueError(f"`weak_model={name!r}` needs a tokenized `train_dataset` that is not streaming.")
+    sample = train_dataset.shuffle(seed=args.draw_seed).select(range(min(256, len(train_dataset))))
+    return rank_weak_models(
+        strong.to(device),
+        [name.removeprefix(AUTO)],
+        sample.select_columns([column for column in ("input_ids", "labels") if column in columns]),
+        DataCollatorForLanguageModeling(processing_class.pad_token_id),
+        processing_class,
+        buffer_bytes=args.logits_buffer_mb * 2**20,
+    )
 
 
 def markdown_ranking(results: Sequence[Separation]) -> str:

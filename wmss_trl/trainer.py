@@ -24,7 +24,6 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
@@ -35,8 +34,9 @@ from .diagnostics import crossover_lambda, log_image, plot_redraw
 from .epochs import EpochPlan
 from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
-from .ranking import markdown_ranking, rank_weak_models
+from .ranking import AUTO, markdown_ranking, rank_checkpoints
 from .refresh import WeakRefresh
+from .run_state import check_same_run
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
 from .scoring import undisturbed_random_state
@@ -189,7 +189,9 @@ class WMSSTrainer(SFTTrainer):
         self._check_supported()
         keep_trainable_on_cpu(self.model)
         head_problem = add_head_access(unwrap_adapter(self.model))
-        weak_model = self._choose_weak_model(weak_model)
+        name = args.weak_model_name_or_path if weak_model is None else weak_model
+        if isinstance(name, str) and name.startswith(AUTO):
+            weak_model, args.weak_model_name_or_path = self._choose_weak_model(name), None
         self.weak_reference = make_weak_reference(
             weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
         )
@@ -257,33 +259,12 @@ class WMSSTrainer(SFTTrainer):
                 "the weak model does not have. Use a method that keeps the sequence, such as LoRA."
             )
 
-    def _choose_weak_model(self, weak_model: str | PreTrainedModel | None) -> str | PreTrainedModel | None:
-        """Replace `auto:FOLDER` by the checkpoint in it that `wmss-trl rank-weak` recommends."""
-        args = self.args
-        name = args.weak_model_name_or_path if weak_model is None else weak_model
-        if not isinstance(name, str) or not name.startswith("auto:"):
-            return weak_model
-        if args.sft_epochs:
-            raise ValueError(
-                f"`weak_model={name!r}` compares checkpoints with the model that the weak-driven epochs begin with, "
-                f"but `sft_epochs={args.sft_epochs}` changes it before. Set `sft_epochs=0` and start from the "
-                "fine-tuned model."
-            )
-        columns = self.train_dataset.column_names or []
-        if "input_ids" not in columns or isinstance(self.train_dataset, IterableDataset):
-            raise ValueError(f"`weak_model={name!r}` needs a tokenized `train_dataset` that is not streaming.")
-        sample = self.train_dataset.shuffle(seed=args.draw_seed).select(range(min(256, len(self.train_dataset))))
-        results = rank_weak_models(
-            self.model,
-            [name.removeprefix("auto:")],
-            sample.select_columns([column for column in ("input_ids", "labels") if column in columns]),
-            DataCollatorForLanguageModeling(self.processing_class.pad_token_id),
-            self.processing_class,
-            buffer_bytes=args.logits_buffer_mb * 2**20,
+    def _choose_weak_model(self, name: str) -> str:
+        ranking = rank_checkpoints(
+            name, self.model, self.train_dataset, self.processing_class, self.args, self.accelerator.device
         )
-        self.accelerator.print(markdown_ranking(results))
-        args.weak_model_name_or_path = None  # which is now `weak_model`
-        return results[0].name
+        self.accelerator.print(markdown_ranking(ranking))
+        return ranking[0].name
 
     def score_table(self) -> ScoreTable:
         """
@@ -539,8 +520,9 @@ class WMSSTrainer(SFTTrainer):
         if resume_from_checkpoint is not None and self.weak_reference is not None:
             state = Path(resume_from_checkpoint) / self.STATE_FILE
             if state.exists():
-                self._check_same_run(state)
-                self._crossover = json.loads(state.read_text())["crossover"]
+                saved = json.loads(state.read_text())
+                check_same_run(state, saved["run"], self._identity())
+                self._crossover = saved["crossover"]
                 if self._refresh is not None:
                     self._refresh.load(Path(resume_from_checkpoint) / self.WEAK_FOLDER)
                 if self.curriculum_sampler is not None:
@@ -572,28 +554,6 @@ class WMSSTrainer(SFTTrainer):
                 "data_seed",
             ]
         return {option: getattr(self.args, option) for option in options} | identity
-
-    def _check_same_run(self, state: Path) -> None:
-        before, now = json.loads(state.read_text())["run"], self._identity()
-        changed = [
-            f"`{key}`: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if not changed:
-            return
-        message = (
-            f"Cannot resume from {state.parent}, which was saved by another run: {'; '.join(changed)}. Restore these. "
-            f"To go on from a checkpoint of phase 1 with other options, delete {state.name} and "
-            f"{CurriculumSampler.FILE_NAME} in a copy of it; from a later one, start a new run from the model with "
-            "`sft_epochs=0` and a `weak_model`."
-        )
-        if before.get("weak_model") != now["weak_model"]:
-            message += (
-                " If the run had no `weak_model`, pass as `model` what it started from (M0), not the checkpoint: the "
-                "trainer loads that itself."
-            )
-        raise ValueError(message)
 
     def _run_epoch(
         self,
