@@ -130,7 +130,7 @@ def test_saved_model_is_the_strong_one(make_trainer, make_model, tokenizer, lora
 
 
 def test_selection_alone_keeps_no_second_model(make_trainer):
-    trainer = make_trainer(mixing_lambda=1.0)
+    trainer = make_trainer(mixing_lambda=1.0, save_strategy="epoch")
     assert not hasattr(trainer.weak_reference, "model")
     entropies = []
     sampler, score = trainer.curriculum_sampler, trainer.curriculum_sampler.score
@@ -138,6 +138,9 @@ def test_selection_alone_keeps_no_second_model(make_trainer):
     trainer.train()
     for (_, strong_before), (weak, _) in itertools.pairwise(entropies):
         np.testing.assert_array_equal(weak, strong_before)
+    resumed = make_trainer(mixing_lambda=1.0, output_dir=trainer.args.output_dir + "-resumed")
+    resumed.train(resume_from_checkpoint=trainer.args.output_dir + "/checkpoint-16")
+    assert losses(resumed) == losses(trainer)
 
 
 # Bad input

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,12 @@ def test_too_little_disk_is_refused_with_the_figures(tmp_path):
     with pytest.raises(ValueError, match=r"needs 1,000,000,000,000 tokens x 4096 x 2 bytes = .* GiB .* are free"):
         cache.create(lambda message: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_disk_is_found_out_at_construction(make_trainer, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"`weak_cache='hidden'` needs .* only 0.00 GiB are free"):
+        make_trainer()
 
 
 def test_the_need_is_said_before_writing(tmp_path):

@@ -185,13 +185,15 @@ class DataActivation:
             "precision": precision,
             "attention": self.model.config._attn_implementation,
         }
-        return HiddenCache(
+        cache = HiddenCache(
             args.weak_cache_dir or Path(args.output_dir) / "_weak_cache",
             identity,
             self.token_counts,
             head.weight.size(1),
             dtypes.get(precision, head.weight.dtype),
         )
+        cache.check_room()
+        return cache
 
     def _read_score_file(self) -> ScoreTable:
         path = self.args.score_file

@@ -60,27 +60,37 @@ class HiddenCache:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hidden": None, "_done": None}  # a worker maps the files itself
 
-    def create(self, log: Callable[[str], None]) -> None:
+    @property
+    def _need(self) -> str:
+        return (
+            f"{self.offsets[-1]:,} tokens x {self.hidden_size} x {self.dtype.itemsize} bytes = "
+            f"{self.num_bytes / 2**30:.2f} GiB"
+        )
+
+    def check_room(self) -> None:
         """
-        Make the files, unless they are there. For the main process, before the others go on.
+        Check that the files are there or fit onto the disk.
 
         Raises:
             ValueError: If the disk has less room than they need.
         """
         if self.done_path.exists() and self.path.exists():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.path.parent).free
-        need = (
-            f"{self.offsets[-1]:,} tokens x {self.hidden_size} x {self.dtype.itemsize} bytes = "
-            f"{self.num_bytes / 2**30:.2f} GiB"
-        )
+        existing = next(folder for folder in self.path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(existing).free
         if self.num_bytes > free:
             raise ValueError(
-                f"`weak_cache='hidden'` needs {need} in {self.path.parent}, but only {free / 2**30:.2f} GiB are free. "
-                "Free some space, put `weak_cache_dir` on another disk, or set `weak_cache=None`."
+                f"`weak_cache='hidden'` needs {self._need} in {self.path.parent}, but only {free / 2**30:.2f} GiB are "
+                "free. Free some space, put `weak_cache_dir` on another disk, or set `weak_cache=None`."
             )
-        log(f"The weak model's hidden states take {need} in {self.path.parent}.")
+
+    def create(self, log: Callable[[str], None]) -> None:
+        """Make the files, unless they are there. For the main process, before the others go on."""
+        if self.done_path.exists() and self.path.exists():
+            return
+        self.check_room()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        log(f"The weak model's hidden states take {self._need} in {self.path.parent}.")
         for path, size in ((self.path, self.num_bytes), (self.done_path, len(self.token_counts))):
             with path.open("wb") as file:
                 file.truncate(size)
