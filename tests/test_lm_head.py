@@ -63,9 +63,9 @@ def test_fused_loss_equals_the_models_own_logits(architecture):
         assert add_head_access(model) is None
     positions = (targets != -100).nonzero().squeeze(-1)
     with torch.no_grad():
-        weak_hidden, weak_head = weak(
-            **inputs, positions=positions, with_lm_head=lambda hidden, head: (hidden, head)
-        ).value
+        weak_hidden, weak_head = weak(**inputs, positions=positions, with_lm_head=lambda hidden, head: (hidden, head))[
+            "value"
+        ]
     assert len(weak_hidden) == len(positions)
 
     def loss(hidden, head):
@@ -84,7 +84,7 @@ def test_fused_loss_equals_the_models_own_logits(architecture):
             weak_softcap=weak_head.softcap,
         ).loss
 
-    fused = strong(**inputs, positions=positions, with_lm_head=loss).value
+    fused = strong(**inputs, positions=positions, with_lm_head=loss)["value"]
     torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
     for grad, other in zip(torch.autograd.grad(fused, parameters, allow_unused=True), expected_grads, strict=True):
         if other is not None:

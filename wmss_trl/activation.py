@@ -22,6 +22,7 @@ from .packing import PackedDocuments, pack_prefix
 from .ranking import MIN_RELATIVE_GAP, relative_gap
 from .score_files import ScoreCache, ScoreTable
 from .scoring import DataCollator, dataset_fingerprint, example_lengths, supervised_token_counts
+from .sharding import whole_shape
 from .weak import WeakReference, fingerprint
 from .weak_cache import HiddenCache
 
@@ -177,7 +178,7 @@ class DataActivation:
 
     def _make_hidden_cache(self) -> HiddenCache:
         args, precision = self.args, self.accelerator.mixed_precision
-        head = self.weak_reference.lm_head()
+        weight = self.weak_reference.lm_head().weight
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}  # in which the LM head multiplies anyway
         identity = {
             "train_dataset": self.fingerprint,
@@ -189,8 +190,8 @@ class DataActivation:
             args.weak_cache_dir or Path(args.output_dir) / "_weak_cache",
             identity,
             self.token_counts,
-            head.weight.size(1),
-            dtypes.get(precision, head.weight.dtype),
+            whole_shape(weight)[1],
+            dtypes.get(precision, weight.dtype),
         )
         cache.check_room()
         return cache

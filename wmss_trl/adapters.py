@@ -31,15 +31,29 @@ def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def active_adapter(model: "PeftModel", name: str) -> Iterator[None]:
-    """Let `model` use another of its adapters."""
-    before = model.active_adapter
-    with keeping_requires_grad(model):
-        try:
-            model.set_adapter(name)
-            yield
-        finally:
-            model.set_adapter(before)
+def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """
+    Let a model, or one of its layers, use another of its adapters, or none.
+
+    PEFT's own `set_adapter` and `disable_adapter` also change `requires_grad`, which FSDP2 reads when it gathers a
+    layer for the first time and a backward pass when it recomputes one. Private to PEFT, checked with 0.21.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [(module._active_adapter, module._disable_adapters) for module in modules]
+    try:
+        for module in modules:
+            module._disable_adapters = name is None or (
+                isinstance(module, AuxiliaryTrainingWrapper) and name not in module._adapters
+            )
+            if not module._disable_adapters:
+                module._active_adapter = [name]
+        yield
+    finally:
+        for module, (adapter, disabled) in zip(modules, before, strict=True):
+            module._active_adapter, module._disable_adapters = adapter, disabled
 
 
 @contextmanager
@@ -54,30 +68,12 @@ def recomputing_with(model: "PeftModel", name: str) -> Iterator[None]:
     try:
         for layer, function in functions:
             layer._gradient_checkpointing_func = functools.partial(
-                function, context_fn=lambda layer=layer: (nullcontext(), _adapter_of_layer(layer, name))
+                function, context_fn=lambda layer=layer: (nullcontext(), active_adapter(layer, name))
             )
         yield
     finally:
         for layer, function in functions:
             layer._gradient_checkpointing_func = function
-
-
-@contextmanager
-def _adapter_of_layer(layer: nn.Module, name: str) -> Iterator[None]:
-    """Like [`active_adapter`] for one layer, without touching `requires_grad` in the middle of a backward pass.
-    Private to PEFT, checked with 0.21."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    modules = [module for module in layer.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    before = [module._active_adapter for module in modules]
-    try:
-        for module in modules:
-            module._active_adapter = [name]
-        yield
-    finally:
-        for module, adapter in zip(modules, before, strict=True):
-            module._active_adapter = adapter
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:

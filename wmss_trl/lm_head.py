@@ -4,14 +4,15 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .losses import matmul_dtype, project, transform_logits_
+from .sharding import gathered, whole
 
 
 @dataclass
@@ -35,19 +36,24 @@ class LMHead:
     scale: float
     softcap: float | None
 
+    def detach(self) -> "LMHead":
+        """The same head, through which no gradient passes."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
-@dataclass
-class HeadOutput:
+
+class HeadOutput(TypedDict):
     """
+    What a forward with `positions` returns: a plain dict, in which DDP, FSDP2 and DeepSpeed all find the tensors.
+
     Args:
         value (`Any`):
-            What the function that was given the hidden states and the head returned.
-        aux_loss (`torch.Tensor` of shape `()`, *optional*):
+            The hidden states of shape `(len(positions), H)`, or what the function that was given them returned.
+        aux_loss (`torch.Tensor` of shape `()` or `None`):
             Load-balancing loss of a mixture of experts, if its router logits were asked for.
     """
 
     value: Any
-    aux_loss: Tensor | None = None
+    aux_loss: Tensor | None
 
 
 @contextmanager
@@ -84,12 +90,34 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
 
 
+def lm_head_of(model: nn.Module) -> LMHead:
+    """The LM head of a causal language model that is not wrapped in an adapter, as this process holds it."""
+    lm_head = model.get_output_embeddings()
+    return LMHead(lm_head.weight, lm_head.bias, *logit_transform(model.config))
+
+
+@contextmanager
+def whole_lm_head(head: LMHead, device: torch.device | None = None) -> Iterator[LMHead]:
+    """
+    An LM head whose weight may be split over the processes, gathered while the context lasts.
+
+    Args:
+        head ([`LMHead`]):
+            See [`lm_head_of`].
+        device (`torch.device`, *optional*):
+            Where to gather it, if FSDP2 keeps it on another device.
+    """
+    with gathered([head.weight, head.bias]):
+        yield replace(head, weight=whole(head.weight, device), bias=whole(head.bias, device))
+
+
 def add_head_access(model: nn.Module) -> str | None:
     """
-    Let `model(..., positions=indices, with_lm_head=function)` return `function(hidden_states, lm_head)`.
+    Let `model(..., positions=indices, with_lm_head=function)` return `function(hidden_states, lm_head)`, and
+    `model(..., positions=indices)` the hidden states alone.
 
-    The function is called inside the forward, so it can use the head's weight under any wrapper of the model. Without
-    `with_lm_head` the forward is the one that it was. `model.has_head_access` tells whether this can be relied on.
+    The function is called inside the forward, where the head's weight is whole under any wrapper of the model. Without
+    `positions` the forward is the one that it was. `model.has_head_access` tells whether this can be relied on.
 
     Args:
         model (`torch.nn.Module`):
@@ -99,7 +127,6 @@ def add_head_access(model: nn.Module) -> str | None:
         `str` or `None`: why the model's logits cannot be computed from its last hidden states and LM head, if so.
     """
     original_forward = model.forward
-    scale, softcap = logit_transform(model.config)
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(
@@ -109,15 +136,16 @@ def add_head_access(model: nn.Module) -> str | None:
         with_lm_head: Callable[[Tensor, LMHead], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        if with_lm_head is None:
+        if positions is None:
             return original_forward(*args, **kwargs)
         # Looked up in each call: PEFT and FSDP replace them after patching
         outputs = self.base_model(*args, **kwargs | {"use_cache": False})
-        lm_head = self.get_output_embeddings()
-        hidden = outputs.last_hidden_state.flatten(0, 1)[positions].to(lm_head.weight.device)
-        value = with_lm_head(hidden, LMHead(lm_head.weight, lm_head.bias, scale, softcap))
+        value = outputs.last_hidden_state.flatten(0, 1)[positions]
+        if with_lm_head is not None:
+            with whole_lm_head(lm_head_of(self), value.device) as head:
+                value = with_lm_head(value.to(head.weight.device), head)
         if not kwargs.get("output_router_logits"):
-            return HeadOutput(value)
+            return HeadOutput(value=value, aux_loss=None)
         # Every mixture of experts in transformers takes this function over from Mixtral
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -125,7 +153,7 @@ def add_head_access(model: nn.Module) -> str | None:
         aux_loss = load_balancing_loss_func(
             outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
         )
-        return HeadOutput(value, aux_loss)
+        return HeadOutput(value=value, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
     problem = _head_problem(model)
@@ -152,7 +180,7 @@ def _head_problem(model: nn.Module) -> str | None:
 
     with evaluating(model):
         expected = model(**inputs, use_cache=False).logits[0].float()
-        ours = model(**inputs, positions=torch.arange(8, device=device), with_lm_head=logits).value
+        ours = model(**inputs, positions=torch.arange(8, device=device), with_lm_head=logits)["value"]
     largest, error = expected.abs().max(), (ours - expected).abs().max()
     tolerance = 1e-3 if dtypes == {torch.float32} else 2e-2  # half precision rounds the two at different places
     if error > tolerance * largest + 1e-6:

@@ -143,7 +143,8 @@ def separation(
 def _hidden_states(model: nn.Module, batch: dict[str, Any], positions: Tensor) -> tuple[Tensor, LMHead]:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items()}
-    return model(**inputs, positions=positions.to(device), with_lm_head=lambda hidden, head: (hidden, head)).value
+    output = model(**inputs, positions=positions.to(device), with_lm_head=lambda hidden, head: (hidden, head))
+    return output["value"]
 
 
 def _compare(strong: tuple[Tensor, LMHead], weak: tuple[Tensor, LMHead], targets: Tensor, buffer_bytes: int) -> Tensor:

@@ -146,14 +146,14 @@ def score_models(
             scores = []
             for number, (name, activated) in enumerate(models.items()):
                 with activated() as model, evaluating(model):
-                    device = next(model.parameters()).device
+                    device = accelerator.device if accelerator else next(model.parameters()).device
                     results = torch.zeros(sum(map(len, shard)), device=device)
                     position = 0
                     for share, batch in zip(rounds, collated, strict=True):
                         indices = share[min(rank, len(share) - 1)]
                         keep = (on_hidden or {}).get(name) if rank < len(share) else None
                         keep_hidden = None if keep is None else partial(keep, indices)
-                        entropy = _batch_entropy(model, batch, lengths[indices], buffer_bytes, keep_hidden)
+                        entropy = _batch_entropy(model, batch, lengths[indices], device, buffer_bytes, keep_hidden)
                         if rank < len(share):
                             start = position + sum(map(len, share[:rank]))
                             results[start : start + len(share[rank])] = entropy
@@ -267,24 +267,25 @@ def _batch_entropy(
     model: nn.Module,
     batch: dict[str, Any],
     lengths: np.ndarray,
+    device: torch.device,
     buffer_bytes: int,
     keep_hidden: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Entropy of each example of a batch, whose examples have `lengths` tokens."""
-    device = next(model.parameters()).device
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     labels = batch.pop("labels")
     mask = next_token_targets(labels) != -100
     if getattr(unwrap_adapter(model), "has_head_access", False):
-
-        def entropy(hidden: Tensor, head: LMHead) -> Tensor:
-            if keep_hidden is not None:
-                keep_hidden(hidden)
-            return linear_entropy(hidden, head.weight, head.bias, head.scale, head.softcap, buffer_bytes)
-
         positions = mask.nonzero().squeeze(-1)
         per_token = torch.zeros(len(mask), device=device)
-        per_token[positions] = model(**batch, positions=positions, with_lm_head=entropy).value.float()
+
+        def entropy(hidden: Tensor, head: LMHead) -> None:  # returns none, since FSDP2 rounds what a forward returns
+            if keep_hidden is not None:
+                keep_hidden(hidden)
+            values = linear_entropy(hidden, head.weight, head.bias, head.scale, head.softcap, buffer_bytes)
+            per_token[positions] = values.float()
+
+        model(**batch, positions=positions, with_lm_head=entropy)
     else:
         per_token = token_entropy(model(**batch, use_cache=False).logits.flatten(0, 1), mask)
     if len(labels) == len(lengths):

@@ -31,6 +31,7 @@ from .adapters import keep_trainable_on_cpu
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
+from .engines import check_engine, engine_name
 from .epochs import EpochPlan
 from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
@@ -214,6 +215,12 @@ class WMSSTrainer(SFTTrainer):
             )
         if args.weak_cache is not None and self._full_logits:
             raise ValueError("`weak_cache='hidden'` needs LM heads that can be reached. Remove it.")
+        engine = engine_name(self.accelerator)
+        if args.train_weak and self._full_logits and engine in ("fsdp2", "zero3"):
+            raise ValueError(
+                f"`train_weak=True` under {engine} needs LM heads that can be reached ({because}). Set "
+                "`train_weak=False`, or launch with DDP or ZeRO-2."
+            )
         self._activation: DataActivation | None = None
         if args.curriculum:
             self._activation = DataActivation(
@@ -240,17 +247,7 @@ class WMSSTrainer(SFTTrainer):
         return convert_arguments(args, WMSSConfig)
 
     def _check_supported(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "DeepSpeed and FSDP are not supported in this version of WMSSTrainer. Launch with plain data "
-                "parallelism (DDP): `accelerate launch --multi_gpu`."
-            )
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "Tensor, context and sequence parallelism are not supported in this version of WMSSTrainer: set "
-                "`tp_size`, `cp_size` and `sp_size` to 1."
-            )
+        check_engine(self.args, self.accelerator)
         if self._is_vision_dataset:
             raise ValueError("WMSSTrainer supports text data sets only, but `train_dataset` has images.")
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
@@ -321,8 +318,9 @@ class WMSSTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
+            aux_loss = outputs["aux_loss"]
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         self._record(mixed, mixing_lambda, inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -370,41 +368,42 @@ class WMSSTrainer(SFTTrainer):
     ) -> tuple[MixedLossOutput, HeadOutput]:
         """The fused form, on the hidden states of the positions that have a target."""
         positions = (targets != -100).nonzero().squeeze(-1)
-        weak_hidden = inputs.pop("weak_hidden", None)
-        if weak_hidden is not None:
-            weak_head = self.weak_reference.lm_head()
-        else:
-            weak_hidden, weak_head = self._weak_hidden_states(inputs, positions)
+        weak_states = self.weak_reference.states(inputs, positions, inputs.pop("weak_hidden", None))
+        mixed: MixedLossOutput | None = None
 
-        def fused_loss(hidden: torch.Tensor, head: LMHead) -> MixedLossOutput:
-            return linear_mixed_cross_entropy(
-                hidden,
-                head.weight,
-                weak_hidden,
-                weak_head.weight,
-                targets[positions],
-                mixing_lambda,
-                head.bias,
-                weak_head.bias,
-                num_items=num_items,
-                ignore_index=None,
-                anchor_weight=self.args.anchor_weight,
-                strong_scale=head.scale,
-                weak_scale=weak_head.scale,
-                strong_softcap=head.softcap,
-                weak_softcap=weak_head.softcap,
-                buffer_bytes=self.args.logits_buffer_mb * 2**20,
-                logit_statistics=logit_statistics,
-            )
+        def fused_loss(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
+            def mix(weak_hidden: torch.Tensor, weak_head: LMHead) -> torch.Tensor:
+                nonlocal mixed
+                mixed = linear_mixed_cross_entropy(
+                    hidden,
+                    head.weight,
+                    weak_hidden,
+                    weak_head.weight,
+                    targets[positions],
+                    mixing_lambda,
+                    head.bias,
+                    weak_head.bias,
+                    num_items=num_items,
+                    ignore_index=None,
+                    anchor_weight=self.args.anchor_weight,
+                    strong_scale=head.scale,
+                    weak_scale=weak_head.scale,
+                    strong_softcap=head.softcap,
+                    weak_softcap=weak_head.softcap,
+                    buffer_bytes=self.args.logits_buffer_mb * 2**20,
+                    logit_statistics=logit_statistics,
+                )
+                return mixed.loss
+
+            return weak_states(mix)
 
         if self.aux_loss_enabled:
             inputs = inputs | {"output_router_logits": True}
         outputs = model(**inputs, positions=positions, with_lm_head=fused_loss)
-        return outputs.value, outputs
-
-    def _weak_hidden_states(self, inputs: dict[str, Any], positions: torch.Tensor) -> tuple[torch.Tensor, LMHead]:
-        with self.weak_reference.activated_for_training() as weak:
-            return weak(**inputs, positions=positions, with_lm_head=lambda hidden, head: (hidden, head)).value
+        # The gradient must pass through what the forward returns, but FSDP2 rounds that under mixed precision
+        loss = outputs["value"]
+        mixed.loss = mixed.loss.detach() + (loss - loss.detach())
+        return mixed, outputs
 
     def _mixed_loss_on_full_logits(
         self,
@@ -415,8 +414,7 @@ class WMSSTrainer(SFTTrainer):
         num_items: torch.Tensor | int | None,
     ) -> tuple[MixedLossOutput, ModelOutput]:
         """For a model whose logits are not those of a linear head."""
-        with self.weak_reference.activated_for_training() as weak:
-            weak_logits = weak(**inputs).logits.flatten(0, 1)
+        weak_logits = self.weak_reference.logits(inputs).flatten(0, 1)
         if self.aux_loss_enabled:
             inputs = inputs | {"output_router_logits": True}
         outputs = model(**inputs)

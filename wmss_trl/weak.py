@@ -3,15 +3,15 @@
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
-from torch import nn
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel, is_peft_model
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
@@ -25,12 +25,17 @@ from .adapters import (
     recomputing_with,
     sibling,
 )
-from .lm_head import LMHead, add_head_access, evaluating, logit_transform, unwrap_adapter
+from .engines import engine_name, prepare_frozen
+from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter, whole_lm_head
+from .sharding import gathered, is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from .config import WMSSConfig
+
+
+T = TypeVar("T")
 
 
 class WeakReference:
@@ -39,7 +44,10 @@ class WeakReference:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The weak model. It is put into eval mode and its parameters stop requiring gradients.
+            The weak model. It is put into eval mode, its parameters stop requiring gradients, and it is prepared for
+            the engine of the run.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the run.
         head_problem (`str`, *optional*):
             Why its logits cannot be computed from its LM head, see [`~wmss_trl.lm_head.add_head_access`].
         owned (`bool`, *optional*, defaults to `False`):
@@ -47,12 +55,16 @@ class WeakReference:
     """
 
     trained = False
+    owned = False
 
-    def __init__(self, model: PreTrainedModel, head_problem: str | None = None, owned: bool = False):
-        self.model = model.requires_grad_(False).eval()
+    def __init__(
+        self, model: PreTrainedModel, accelerator: Accelerator, head_problem: str | None = None, owned: bool = False
+    ):
+        # Before it is prepared, so that it has the same identity under every engine
+        self.fingerprint = fingerprint(dict(model.named_parameters()))
+        self.model = prepare_frozen(model.requires_grad_(False).eval(), accelerator)
         self.owned = owned
         self.head_problem = head_problem
-        self.fingerprint = fingerprint(dict(model.named_parameters()))
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
@@ -61,26 +73,49 @@ class WeakReference:
             yield self.model
 
     def lm_head(self) -> LMHead:
-        """The LM head of the weak model, wherever that is kept."""
+        """The LM head of the weak model, wherever that is kept; see [`~wmss_trl.lm_head.whole_lm_head`]."""
         with self.activated() as model:
-            base = unwrap_adapter(model)
-            head = base.get_output_embeddings()
-            bias = None if head.bias is None else head.bias.detach()
-            return LMHead(head.weight.detach(), bias, *logit_transform(base.config))
+            return lm_head_of(unwrap_adapter(extract_model_from_parallel(model)))
 
     def keep_only_lm_head(self) -> None:
         """Give back the memory of what is not needed when hidden states are read from a cache."""
-        head = self.lm_head()
-        self.lm_head = lambda: head
-        self._release()
-
-    def _release(self) -> None:
-        if self.owned:
+        if self.owned and not is_sharded(self.model):
+            head = self.lm_head()
+            self.lm_head = lambda: head
             self.model.to("meta")
 
-    def activated_for_training(self) -> AbstractContextManager[nn.Module]:
-        """The model to call in a training step: with gradients if it is trained, or else like `activated`."""
-        return self.activated()
+    def states(
+        self, inputs: dict[str, Any], positions: Tensor, hidden: Tensor | None = None
+    ) -> Callable[[Callable[[Tensor, LMHead], T]], T]:
+        """
+        The weak model's part of a training step.
+
+        Args:
+            inputs (`dict[str, Any]`):
+                Inputs of a forward.
+            positions (`torch.Tensor` of shape `(N,)`):
+                Flat indices of the supervised positions.
+            hidden (`torch.Tensor` of shape `(N, H)`, *optional*):
+                The hidden states at these positions, if they are known.
+
+        Returns:
+            `Callable`: to be called with a function inside the strong model's forward. Returns what that returns for
+            the weak hidden states and the weak LM head, which is whole meanwhile.
+        """
+        if hidden is None:  # now, so that its memory is free again in the strong model's forward
+            with self.activated() as model:
+                hidden = model(**inputs, positions=positions)["value"]
+
+        def call(function: Callable[[Tensor, LMHead], T]) -> T:
+            with whole_lm_head(self.lm_head(), hidden.device) as head:
+                return function(hidden.to(head.weight.device), head.detach())
+
+        return call
+
+    def logits(self, inputs: dict[str, Any]) -> Tensor:
+        """The weak logits of a training step, of shape `(B, L, V)`, for a model whose LM head cannot be reached."""
+        with self.activated() as model:
+            return model(**inputs).logits
 
     def current_fingerprint(self) -> str:
         """Identity of the weights as they are now; `fingerprint` is that of the start."""
@@ -135,11 +170,8 @@ class DisabledAdapter(WeakReference):
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
-        with keeping_requires_grad(self.model), evaluating(self.model), self.model.disable_adapter():
+        with evaluating(self.model), active_adapter(self.model, None):
             yield self.model
-
-    def _release(self) -> None:
-        """The base is the strong model's own."""
 
 
 class NamedAdapter(WeakReference):
@@ -177,16 +209,13 @@ class NamedAdapter(WeakReference):
         with evaluating(self.model), active_adapter(self.model, self.name):
             yield self.model
 
-    def _release(self) -> None:
-        """The base is the strong model's own."""
-
 
 class TrainedModel(WeakReference):
     """
     A weak model of its own that is trained with the strong one (the paper's Algorithm 1).
 
     It becomes a submodule of the strong model, so that one optimizer, gradient clipping and data parallelism cover
-    both; it is taken off while that is saved.
+    both; it is left out when that is saved.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -205,22 +234,35 @@ class TrainedModel(WeakReference):
         self.head_problem = head_problem
         self.fingerprint = fingerprint(dict(model.named_parameters()))
         strong.add_module("weak_branch", model)
-        save_pretrained = strong.save_pretrained
+        # FSDP2 makes a unit of each of these: the branch can be scored without the strong model
+        strong._no_split_modules = {*strong._no_split_modules, *model._no_split_modules, type(model).__name__}
+        save_pretrained, tie_weights = strong.save_pretrained, strong.tie_weights
 
-        def save_strong(*args: Any, **kwargs: Any) -> Any:
+        def save_strong(*args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+            if state_dict is not None:  # gathered from a sharded model, with the branch
+                state_dict = {name: value for name, value in state_dict.items() if not name.startswith("weak_branch.")}
             with self.detached():
-                return save_pretrained(*args, **kwargs)
+                return save_pretrained(*args, state_dict=state_dict, **kwargs)
+
+        def tie_both(*args: Any, **kwargs: Any) -> Any:
+            model.tie_weights()
+            return tie_weights(*args, **kwargs)
 
         strong.save_pretrained = save_strong
+        strong.tie_weights = tie_both
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
         with evaluating(self.model):
             yield self.model
 
-    @contextmanager
-    def activated_for_training(self) -> Iterator[nn.Module]:
-        yield self.model
+    def states(
+        self, inputs: dict[str, Any], positions: Tensor, hidden: Tensor | None = None
+    ) -> Callable[[Callable[[Tensor, LMHead], T]], T]:
+        return lambda function: self.model(**inputs, positions=positions, with_lm_head=function)["value"]
+
+    def logits(self, inputs: dict[str, Any]) -> Tensor:
+        return self.model(**inputs).logits
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -258,10 +300,24 @@ class TrainedAdapter(NamedAdapter):
             weak_key = sibling(key, model.active_adapter, name)
             model.get_parameter(weak_key).requires_grad_(parameter.requires_grad)
 
-    @contextmanager
-    def activated_for_training(self) -> Iterator[nn.Module]:
+    def states(
+        self, inputs: dict[str, Any], positions: Tensor, hidden: Tensor | None = None
+    ) -> Callable[[Callable[[Tensor, LMHead], T]], T]:
+        def call(function: Callable[[Tensor, LMHead], T]) -> T:
+            # The backbone alone, since the wrapped model is in the middle of its forward
+            backbone = unwrap_adapter(self.model).base_model
+            with active_adapter(self.model, self.name), recomputing_with(self.model, self.name):
+                outputs = backbone(**inputs | {"use_cache": False})
+                head = lm_head_of(unwrap_adapter(self.model))
+            hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
+            with whole_lm_head(head, hidden.device) as head:
+                return function(hidden.to(head.weight.device), head)
+
+        return call
+
+    def logits(self, inputs: dict[str, Any]) -> Tensor:
         with active_adapter(self.model, self.name), recomputing_with(self.model, self.name):
-            yield self.model
+            return self.model(**inputs).logits
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -358,7 +414,7 @@ def make_weak_reference(
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
     head_problem = add_head_access(unwrap_adapter(weak_model))
     if not args.train_weak:
-        return WeakReference(accelerator.prepare_model(weak_model, evaluation_mode=True), head_problem, owned)
+        return WeakReference(weak_model, accelerator, head_problem, owned)
     if is_peft_model(strong):
         raise ValueError(
             "`train_weak=True` trains a second adapter beside the model's own, but `weak_model` is a whole model. "
@@ -366,7 +422,9 @@ def make_weak_reference(
         )
     if getattr(weak_model, "is_quantized", False):
         raise ValueError("`train_weak=True` cannot train a quantised `weak_model`. Load it without quantisation.")
-    return TrainedModel(accelerator.prepare_model(weak_model, evaluation_mode=True), strong, head_problem)
+    if engine_name(accelerator) == "replicated":
+        weak_model = accelerator.prepare_model(weak_model, evaluation_mode=True)
+    return TrainedModel(weak_model, strong, head_problem)
 
 
 def keeps_base_weights(peft_config: "PeftConfig") -> bool:
@@ -451,7 +509,7 @@ def check_same_vocabulary(
     Raises:
         ValueError: If the vocabularies differ.
     """
-    strong_size, weak_size = (model.get_output_embeddings().weight.shape[0] for model in (strong, weak))
+    strong_size, weak_size = (whole_shape(model.get_output_embeddings().weight)[0] for model in (strong, weak))
     remedy = "Use an earlier checkpoint of the same model, or another model with the same tokenizer."
     if strong_size != weak_size:
         raise ValueError(
@@ -475,13 +533,19 @@ def check_same_vocabulary(
 
 def fingerprint(parameters: dict[str, nn.Parameter]) -> str:
     """Hash of the names, shapes and dtypes of parameters, of the sum of each one's bit patterns and of up to 64 of its
-    values: cheap, and enough to tell even neighbouring checkpoints apart."""
+    values: cheap, and enough to tell even neighbouring checkpoints apart. All processes must call it together."""
     digest = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in parameters.items():
-        values = parameter.detach()
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-        bits = values.view(integers[values.element_size()]).flatten()
-        sample = bits[:: max(1, len(bits) // 64)][:64].long()
-        digest.update(torch.cat([sample, bits.sum(dtype=torch.int64).view(1)]).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        with gathered([parameter]):
+            values = whole(parameter.detach())
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+            if values.is_meta:
+                continue
+            bits = values.view(integers[values.element_size()]).flatten()
+            sample = bits[:: max(1, len(bits) // 64)][:64].long()
+            digest.update(torch.cat([sample, bits.sum(dtype=torch.int64).view(1)]).cpu().numpy().tobytes())
+    result = [digest.hexdigest()[:16]]
+    if torch.distributed.is_initialized():  # only the main process has the weights that FSDP loads sparingly
+        broadcast_object_list(result)
+    return result[0]

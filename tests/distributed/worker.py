@@ -1,12 +1,15 @@
-"""One process of launched runs: `worker.py OPTIONS_JSON RESULT_FILE`. Writes a result per run and rank and leaves."""
+"""One process of launched runs: `worker.py RUNS_JSON RESULT_FILE`. Writes a result per run and rank and leaves."""
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -15,44 +18,106 @@ from conftest import sums
 
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
+from wmss_trl.engines import engine_name
+from wmss_trl.sharding import in_zero3, is_sharded, whole_state
+
+# What the model is wrapped in: FSDP on a CPU is silently plain DDP, and DDP no wrapper at all, where something is off
+WRAPPERS = {
+    "one": "Qwen3ForCausalLM",
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDPQwen3ForCausalLM",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+}
 
 
-def run(result: str, expected_processes: int, resume: str | None = None, lora: bool = False, **options) -> None:
+def make_trainer(engine: str, lora: bool = False, own_weak_model: bool = False, **options) -> WMSSTrainer:
     torch.manual_seed(0)
-    examples = sums(37)
-    tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in examples], vocab_size=300)
-    trainer = WMSSTrainer(
-        build_model(tokenizer, hidden_size=32, intermediate_size=64, num_layers=2),
-        WMSSConfig(
-            bf16=False,
-            activation_checkpointing=options.pop("activation_checkpointing", False),
-            use_cpu=True,
-            num_train_epochs=3,
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            optim="sgd",
-            learning_rate=0.5,
-            **options,
-        ),
+    examples = sums(options.pop("num_examples", 37))
+    tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in sums(37)], vocab_size=300)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
+    model, weak_model = build_model(tokenizer, **sizes), None
+    if own_weak_model:
+        weak_model = build_model(tokenizer, **sizes | {"hidden_size": 48})
+    args = WMSSConfig(
+        use_cpu=True,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        **{
+            "bf16": False,
+            "activation_checkpointing": False,
+            "num_train_epochs": 2,
+            "learning_rate": 0.01,
+            "lr_scheduler_type": "constant",
+        }
+        | options,
+    )
+    if engine == "fsdp2":  # which Accelerate does not start on a CPU
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return WMSSTrainer(
+        model,
+        args,
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if lora else None,
+        weak_model=weak_model,
     )
-    assert trainer.accelerator.num_processes == expected_processes
+
+
+def check_engine_is_on(trainer: WMSSTrainer, engine: str, lora: bool) -> None:
+    accelerator, model = trainer.accelerator, trainer.model
+    assert accelerator.num_processes == (1 if engine == "one" else 2)
+    assert engine_name(accelerator) == ("replicated" if engine in ("one", "ddp") else engine)
+    wrapper = WRAPPERS[engine].replace("Qwen3ForCausalLM", "PeftModelForCausalLM") if lora else WRAPPERS[engine]
+    assert type(trainer.model_wrapped).__name__ == wrapper
+    assert is_sharded(model) == (engine in ("fsdp2", "zero3"))
+    weak = trainer.weak_reference.model
+    assert is_sharded(weak) == is_sharded(model)
+    if engine == "zero3":
+        assert all(in_zero3(parameter) for parameter in [*model.parameters(), *weak.parameters()])
+        assert trainer.deepspeed.zero_optimization_stage() == 3
+    if engine == "zero2":
+        assert trainer.deepspeed.zero_optimization_stage() == 2
+
+
+def run(
+    result: str, engine: str, resume: str | None = None, unsynchronised: bool = False, save: bool = False, **options
+) -> None:
+    trainer = make_trainer(engine, **options)
+    if unsynchronised:  # the negative control: a weak branch that the engine does not know
+        branch = trainer.model._modules.pop("weak_branch")
+        optimizer = torch.optim.SGD(branch.parameters(), lr=0.5)
+        step = trainer.training_step
+
+        def training_step(*args, **kwargs):
+            loss = step(*args, **kwargs)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        trainer.training_step = training_step
     visited, collate = [], trainer.data_collator
     if not options.get("packing"):
         trainer.data_collator = lambda rows: visited.append([row["input_ids"] for row in rows]) or collate(rows)
     trainer.train(resume_from_checkpoint=resume)
-    assert (type(trainer.model_wrapped).__name__ == "DistributedDataParallel") == (expected_processes > 1)
-    sampler = trainer.curriculum_sampler
+    check_engine_is_on(trainer, engine, options.get("lora", False))
+    if save:
+        trainer.save_model(trainer.args.output_dir)
+    sampler, logs = trainer.curriculum_sampler, trainer.state.log_history
     last_epoch = visited[-len(trainer._active_dataloader) :]
+    parameters = dict(trainer.model.named_parameters()) | (
+        {f"weak_branch.{name}": value for name, value in branch.named_parameters()} if unsynchronised else {}
+    )
+    weights = whole_state(dict(sorted(parameters.items())))
     np.savez(
         f"{result}.{trainer.accelerator.process_index}.npz",
-        weights=torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]).numpy(),
-        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        mixed_nll=[entry["mixed_nll"] for entry in trainer.state.log_history if "mixed_nll" in entry],
-        num_tokens=[entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry],
+        weights=torch.cat([value.float().flatten() for value in weights.values()]).numpy(),
+        names=list(weights),
+        **{
+            key: [entry[key] for entry in logs if key in entry]
+            for key in ("loss", "mixed_nll", "num_tokens", "grad_norm")
+        },
         weak_entropy=sampler.weak_entropy,
         strong_entropy=sampler.strong_entropy,
         indices=sampler.indices,
@@ -62,12 +127,23 @@ def run(result: str, expected_processes: int, resume: str | None = None, lora: b
         else "[]",
     )
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        trainer.deepspeed.destroy()
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for number, options in enumerate(json.loads(sys.argv[1])):
-        run(f"{sys.argv[2]}.{number}", **options)
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled now
+    try:
+        for number, options in enumerate(json.loads(sys.argv[1])):
+            run(f"{sys.argv[2]}.{number}", **options)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     sys.stdout.flush()
     os._exit(0)  # gloo sometimes aborts while the interpreter shuts down, after all work is done
 

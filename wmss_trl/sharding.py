@@ -1,0 +1,83 @@
+"""Parameters that FSDP2 or ZeRO-3 keep split over the processes: as whole tensors, and as this process's part."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+OptionalTensor = TypeVar("OptionalTensor", bound=Tensor | None)
+
+
+def in_zero3(parameter: Tensor | None) -> bool:
+    """Whether ZeRO-3 manages a parameter, which is empty while it is not gathered."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's parameters are split over the processes."""
+    return any(in_zero3(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter, whether or not it is split."""
+    return parameter.ds_shape if in_zero3(parameter) else parameter.shape
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
+    """
+    Let the parameters that ZeRO-3 manages hold their whole values while the context lasts. All processes must enter it
+    together. Others are left alone, see [`whole`].
+    """
+    managed = [parameter for parameter in parameters if in_zero3(parameter)]
+    if not managed:
+        yield
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    # One that a module in the middle of its forward has gathered must not be released here
+    absent = [parameter for parameter in managed if parameter.ds_status != ZeroParamStatus.AVAILABLE]
+    with deepspeed.zero.GatheredParameters(absent, enabled=bool(absent)):
+        yield
+
+
+def whole(tensor: OptionalTensor, device: torch.device | None = None) -> OptionalTensor:
+    """A tensor that FSDP2 may have split, gathered on `device`. All processes must call it together."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return (tensor if device is None else tensor.to(device)).full_tensor()
+
+
+def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors as they are when whole, on the CPU. All processes must call it together."""
+    copies = {}
+    for name, tensor in state.items():
+        with gathered([tensor]), torch.no_grad():
+            copies[name] = whole(tensor.detach()).to("cpu", copy=True)
+    return copies
+
+
+@torch.no_grad()
+def set_whole_(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor, split or not, the value that every process passes as a whole."""
+    if isinstance(tensor, DTensor):
+        value = value.to(tensor.device_mesh.device_type)
+        tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None))
+    elif in_zero3(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            tensor.copy_(value)
+    else:
+        tensor.copy_(value)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor.ds_tensor if in_zero3(tensor) else tensor
