@@ -51,6 +51,8 @@ class DataActivation:
             Accelerator of the run.
         weak_is_initial (`bool`):
             Whether the weak model is the strong one as it is now (M0).
+        steps_done (`Callable[[], int]`):
+            Returns the number of optimizer steps of the run so far.
         on_redraw (`Callable`):
             See [`CurriculumSampler`].
 
@@ -77,6 +79,7 @@ class DataActivation:
         accelerator: Accelerator,
         *,
         weak_is_initial: bool,
+        steps_done: Callable[[], int],
         on_redraw: Callable[[dict[str, float]], None],
     ):
         self.args = args
@@ -88,6 +91,8 @@ class DataActivation:
         self.fingerprint = dataset_fingerprint(self.dataset)
         # As long as the strong model still is M0, M0's entropies are its own
         self.initial_model = self._model_fingerprint() if weak_is_initial else None
+        self.starts_initial = weak_is_initial
+        self.steps_done = steps_done
 
         lengths = example_lengths(self.dataset)
         self.dataset_of_rows: torch.utils.data.Dataset = train_dataset
@@ -235,7 +240,7 @@ class DataActivation:
             weak_entropy = None
         strong = self._model_fingerprint()
         models, fingerprints = {"strong": lambda: nullcontext(self.model)}, {"strong": strong}
-        if weak_entropy is None and strong != self.initial_model:
+        if weak_entropy is None and not self._strong_is_initial():
             models["weak"] = self.weak_reference.activated
             changes = self.args.changes_weak_model
             fingerprints["weak"] = (
@@ -260,9 +265,16 @@ class DataActivation:
                 {"weak": self.hidden_cache},
             )
 
+    def compare_with_initial_model(self) -> None:
+        """See whether the strong model still is M0, before an engine prepares it, which may change its dtype."""
+        self.starts_initial = self.initial_model is not None and self._model_fingerprint() == self.initial_model
+
+    def _strong_is_initial(self) -> bool:
+        return self.starts_initial and self.steps_done() == 0
+
     def score_initial_model(self) -> None:
         """Take M0's entropies from the strong model, if it is M0 and has not changed yet."""
-        if self.sampler.weak_entropy is None and self._model_fingerprint() == self.initial_model:
+        if self.sampler.weak_entropy is None and self._strong_is_initial():
             self.sampler.weak_entropy, _ = self.score()
 
     def warn_if_too_close(self) -> None:
@@ -279,6 +291,7 @@ class DataActivation:
 
     def table(self) -> ScoreTable:
         """Scores, weights and draw of the first weak-driven epoch, with the strong model as it is now."""
+        self.compare_with_initial_model()
         sampler, identity = self.sampler, self._identity()
         sampler.redraw(sampler.first_epoch)
         drawn = np.bincount(sampler.indices, minlength=len(self.dataset))

@@ -13,7 +13,7 @@ uses the same numbers. On several GPUs: `accelerate launch -m wmss_trl.cli score
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class EstimateArguments:
         gpus (`list[int]`, *optional*, defaults to `[8]`), engine (`list[str]`, *optional*, defaults to `["fsdp2"]`), \
 weak (`list[str]`, *optional*, defaults to `["none", "model"]`):
             Each combination is a row.
-        lora, tokens, length, activation_checkpointing, dtype, bf16, logits_buffer_mb:
+        lora, tokens, length, scoring_tokens, activation_checkpointing, dtype, bf16, logits_buffer_mb:
             See [`~wmss_trl.estimate.Setup`].
         active_fraction (`float`, *optional*, defaults to `0.63`):
             See [`WMSSConfig`].
@@ -137,6 +137,9 @@ weak (`list[str]`, *optional*, defaults to `["none", "model"]`):
     lora: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter on all linear layers."})
     tokens: int = field(default=4096, metadata={"help": "Tokens per GPU and step."})
     length: int | None = field(default=None, metadata={"help": "Tokens per example. Defaults to `tokens`."})
+    scoring_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens per GPU in a scoring forward. Defaults to `tokens`."}
+    )
     activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations."})
     dtype: str = field(default="float32", metadata={"help": "Dtype in which models are loaded: float32 or bfloat16."})
     bf16: bool = field(default=True, metadata={"help": "Mixed precision in bfloat16."})
@@ -222,17 +225,16 @@ def estimate_needs(arguments: EstimateArguments) -> list[dict[str, Any]]:
         if table not in _TABLES:
             raise ValueError(f"`tables` has {table!r}, which is unknown. Use any of {', '.join(_TABLES)}.")
     options = asdict(arguments)
-    shared = ("lora", "tokens", "length", "activation_checkpointing", "dtype", "bf16", "logits_buffer_mb")
-    shared = {name: options[name] for name in shared}
-    hardware = ("peak_flops", "mfu", "node_bandwidth", "network_bandwidth", "gpus_per_node")
-    hardware = estimate.Hardware(**{name: options[name] for name in hardware})
+    varied = ("model", "gpus", "engine", "weak", "weak_model")
+    shared = {f.name: options[f.name] for f in fields(estimate.Setup) if f.name not in varied}
+    hardware = estimate.Hardware(**{f.name: options[f.name] for f in fields(estimate.Hardware)})
     model, weak_model = (
         name and estimate.ModelSize.from_config(estimate.load_config(name))
         for name in (arguments.model, arguments.weak_model)
     )
     rows = []
     for engine, weak, gpus in product(arguments.engine, arguments.weak, arguments.gpus):
-        own = weak_model if weak in ("model", "cached", "joint") else None
+        own = None if weak == "none" else weak_model
         setup = estimate.Setup(model, gpus, engine, weak, own, **shared)
         memory = estimate.memory(setup)
         row = {"engine": engine, "weak": weak, "gpus": gpus, "parameters": model.total}
@@ -264,7 +266,7 @@ def markdown_estimate(rows: list[dict[str, Any]], table: str) -> str:
             numbers = dict(row[table])
             if table == "communication":
                 numbers["total"] = sum(numbers.values())
-            cells |= {name.replace("_", " "): f"{size / 2**30:.2f}" for name, size in numbers.items()}
+            cells |= {name.replace("lm_", "LM-").replace("_", " "): f"{n / 2**30:.2f}" for name, n in numbers.items()}
         lines.append(cells)
     header = list(lines[0])
     body = [header, ["---"] * len(header), *(line.values() for line in lines)]

@@ -1,10 +1,15 @@
 """The engine that distributes a run: what can run on it, and how a frozen model is prepared for it."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import nn
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 if TYPE_CHECKING:
     from .config import WMSSConfig
@@ -19,7 +24,29 @@ def engine_name(accelerator: Accelerator) -> str:
     return "replicated"
 
 
-def check_engine(args: "WMSSConfig", accelerator: Accelerator) -> None:
+def checkpoint_form(args: "WMSSConfig", accelerator: Accelerator) -> str:
+    """What a checkpoint can only be resumed with."""
+    engine = engine_name(accelerator)
+    splits_files = engine.startswith("zero") or (engine == "fsdp2" and args.weak_refresh == "epoch")
+    return f"{engine}, {accelerator.num_processes} processes" if splits_files else engine
+
+
+@contextmanager
+def whole_state_dict(accelerator: Accelerator) -> Iterator[None]:
+    """Let FSDP2 gather the state dict of a model while the context lasts."""
+    if engine_name(accelerator) != "fsdp2":
+        yield
+        return
+    plugin = accelerator.state.fsdp_plugin
+    before = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.set_state_dict_type(before)
+
+
+def check_engine(args: "WMSSConfig", accelerator: Accelerator, has_adapter: bool) -> None:
     """
     Check that a run can be distributed as it is launched.
 
@@ -29,10 +56,10 @@ def check_engine(args: "WMSSConfig", accelerator: Accelerator) -> None:
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
-            f"`tp_size={parallelism.tp_size}`, `cp_size={parallelism.cp_size}`, `sp_size={parallelism.sp_size}`: tensor, "
-            "context and sequence parallelism would split the weak model, its hidden states and the entropy of an "
-            "example over processes, which WMSSTrainer does not do. Set all of them to 1; for long sequences use "
-            "FSDP2 or ZeRO-3 with activation checkpointing and `weak_cache='hidden'`."
+            f"`tp_size={parallelism.tp_size}`, `cp_size={parallelism.cp_size}`, `sp_size={parallelism.sp_size}`: "
+            "tensor, context and sequence parallelism would split the weak model, its hidden states and the entropy "
+            "of an example over processes, which WMSSTrainer does not do. Set all of them to 1; for long sequences "
+            "use FSDP2 or ZeRO-3 with activation checkpointing and `weak_cache='hidden'`."
         )
     engine = engine_name(accelerator)
     if engine == "fsdp1":
@@ -55,12 +82,28 @@ def check_engine(args: "WMSSConfig", accelerator: Accelerator) -> None:
                 "`train_weak=True` starts the weak model's optimizer states after phase 1, which the optimizer of the "
                 "DeepSpeed configuration cannot do. Remove `optimizer` there and set `optim`, or set `sft_epochs=0`."
             )
+    if args.train_weak and has_adapter and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "`train_weak=True` recomputes a layer with the adapter that ran it, which "
+            "`activation_checkpointing_kwargs={'use_reentrant': True}` cannot do. Set it to False."
+        )
     if engine == "fsdp2" and args.train_weak:
         plugin = accelerator.state.fsdp_plugin
-        if plugin.auto_wrap_policy is None:
+        if plugin.auto_wrap_policy is not transformer_auto_wrap_policy and not has_adapter:
             raise ValueError(
-                "`train_weak=True` needs FSDP units, since the weak model is also run alone. Set "
+                "`train_weak=True` makes the weak model an FSDP unit, since it is also run alone. Set "
                 "`fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`."
+            )
+        if plugin.activation_checkpointing and has_adapter:
+            raise ValueError(
+                "`train_weak=True` recomputes a layer with the adapter that ran it, which "
+                "`fsdp_activation_checkpointing: true` cannot do. Set it to false and the argument "
+                "`activation_checkpointing=True`."
+            )
+        if plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT and has_adapter:
+            raise ValueError(
+                "`fsdp_state_dict_type: SHARDED_STATE_DICT` keeps one adapter of a model, but `train_weak=True` "
+                "trains two. Set it to FULL_STATE_DICT: adapters are small."
             )
 
 
@@ -86,3 +129,44 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         return fsdp2_prepare_model(accelerator, model).eval()
     finally:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers
+
+
+class LateParameters:
+    """
+    Parameters that DeepSpeed's optimizer is given long before they are trained.
+
+    Elsewhere a parameter without a gradient is skipped. DeepSpeed flattens each parameter group and steps it with zero
+    gradients: weights decay, and Adam's step count, which corrects the bias of its moments, runs ahead of them.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`):
+            An optimizer without states. The parameters get groups of their own.
+        parameters (`Iterable[torch.nn.Parameter]`):
+            The parameters that are trained later.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]):
+        late = {id(parameter) for parameter in parameters}
+        groups, self.weight_decays = [], {}
+        for group in optimizer.param_groups:
+            for is_late in (False, True):
+                members = [parameter for parameter in group["params"] if (id(parameter) in late) == is_late]
+                if members and is_late:
+                    self.weight_decays[len(groups)] = group.get("weight_decay", 0.0)
+                if members:
+                    groups.append(group | {"params": members})
+        optimizer.param_groups[:] = groups
+
+    def wait(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the parameters as they are in the steps to come."""
+        for index in self.weight_decays:
+            optimizer.param_groups[index]["weight_decay"] = 0.0
+
+    def train(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
+        """Train the parameters in the steps to come, the `first` of which begins with fresh states."""
+        for index, weight_decay in self.weight_decays.items():
+            optimizer.param_groups[index]["weight_decay"] = weight_decay
+        for state in optimizer.state.values() if first else ():
+            moments = [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim > 0]
+            if not any(moment.any() for moment in moments):
+                state.clear()

@@ -16,6 +16,9 @@ WEAK_REFERENCES = ("none", "model", "adapter-off", "adapter", "cached", "joint")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # What TRL 1.16's fused head holds of the logits in SFT: tokens, vocabulary
 _TRL_TILE = (4096, 32_768)
+# DeepSpeed's defaults, in numbers: `reduce_bucket_size`, `stage3_max_live_parameters` (of which it keeps what it needs
+# again soon)
+_ZERO_BUCKET, _ZERO_LIVE = 500_000_000, 1_000_000_000
 
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Published shapes, in the order of _SHAPE, and whether the embeddings are tied; all have 8 key-value heads of size 128
@@ -131,6 +134,8 @@ class Setup:
             Tokens per GPU and step: micro-batch size times length.
         length (`int`, *optional*):
             Tokens per example. Defaults to `tokens`.
+        scoring_tokens (`int`, *optional*):
+            Tokens per GPU in a forward pass of the scoring, which keeps no activations. Defaults to `tokens`.
         activation_checkpointing (`bool`, *optional*, defaults to `True`):
             TRL's default.
         dtype (`str`, *optional*, defaults to `"float32"`):
@@ -149,6 +154,7 @@ class Setup:
     lora: int | None = None
     tokens: int = 4096
     length: int | None = None
+    scoring_tokens: int | None = None
     activation_checkpointing: bool = True
     dtype: str = "float32"
     bf16: bool = True
@@ -159,7 +165,7 @@ class Setup:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(allowed)}.")
-        for name in ("gpus", "lora", "tokens", "length", "logits_buffer_mb"):
+        for name in ("gpus", "lora", "tokens", "length", "scoring_tokens", "logits_buffer_mb"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1. Raise it.")
@@ -246,8 +252,8 @@ class Memory:
         lm_head_gather (`int`):
             The whole LM heads that a sharded engine gathers for the loss, and their whole float32 gradients.
         engine_buffers (`int`):
-            DDP's buckets; gathered weights of two layers and whole gradients of one; bf16 copies of float32 weights
-            that autocast keeps.
+            DDP's or DeepSpeed's buckets; gathered weights of two layers (ZeRO-3: up to 1e9) and whole gradients of
+            one; bf16 copies of float32 weights that autocast keeps.
         logits_buffer (`int`):
             Tiles of logits.
         activations (`int`):
@@ -319,7 +325,8 @@ def memory(setup: Setup) -> Memory:
     weak_weights = {
         "model": weak.total * frozen_bytes,
         "adapter": setup.trained * trained_bytes,
-        "cached": weak.head * frozen_bytes if full else 0,
+        # The trainer releases the other layers only where they are whole
+        "cached": 0 if setup.shares_base else (weak.total if setup.sharded else weak.head) * frozen_bytes,
         "joint": setup.weak_trained * trained_bytes,
     }.get(setup.weak, 0)
     owned = {
@@ -342,11 +349,16 @@ def memory(setup: Setup) -> Memory:
     gather = buffers = 0
     if setup.sharded:
         gather = heads * c + trained_heads * 4
-        buffers = 2 * largest_layer * c + trained_layer * c
+        live = 2 * largest_layer
+        if setup.deepspeed:
+            live = max(live, min(model.layers, _ZERO_LIVE))
+        buffers = (live + trained_layer) * c
     elif setup.engine == "zero2":
         buffers = trained_layer * c
     elif setup.gpus > 1:
         buffers = trained * trained_bytes
+    if setup.deepspeed:
+        buffers += _ZERO_BUCKET * c
     if setup.engine == "ddp" and c < _DTYPE_BYTES[setup.dtype]:
         if full:
             cast = model.layers + (weak.layers if setup.weak == "joint" else 0)
@@ -472,7 +484,7 @@ def times(setup: Setup, hardware: Hardware | None = None, active_fraction: float
     bandwidth = hardware.node_bandwidth if setup.gpus <= hardware.gpus_per_node else hardware.network_bandwidth
     flops, sent = compute(setup), communication(setup)
 
-    def overlapped(operations: int, size: int) -> float:
+    def overlapped(operations: float, size: float) -> float:
         return max(operations / speed, size / bandwidth)
 
     computation, transfer = (flops["strong"] + flops["weak"]) / speed, sum(sent.values()) / bandwidth
@@ -490,7 +502,8 @@ def times(setup: Setup, hardware: Hardware | None = None, active_fraction: float
     for epoch, with_weak in (("first", setup.weak != "none"), ("later", setup.weak == "joint")):
         scoring = 0.0
         if setup.weak != "none":
-            scoring = overlapped(flops[f"scoring_{epoch}"], sent["gather_forward"] + with_weak * forward)
+            gather = (sent["gather_forward"] + with_weak * forward) * setup.tokens
+            scoring = overlapped(flops[f"scoring_{epoch}"], gather / (setup.scoring_tokens or setup.tokens))
         total = scoring + estimate["overlapped"] * (1 if setup.weak == "none" else active_fraction)
         estimate |= {f"scoring_share_{epoch}": scoring / total, f"epoch_ratio_{epoch}": total / sft}
     return estimate

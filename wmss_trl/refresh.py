@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .adapters import adapter_state, sibling
+from .sharding import is_sharded, local_part, set_local_part_, whole_shape
 from .weak import InitialModel, NamedAdapter, WeakReference
 
 REFRESH_DEVICES = ("cpu", "same", "disk")
@@ -55,7 +56,11 @@ class WeakRefresh(TrainerCallback):
         self.epoch: int | None = None
         self.round_epoch: int | None = None
         self.snapshot: dict[str, Tensor] | None = None
-        ours, theirs = ({k: v.shape for k, v in state.items()} for state in (self._weak_state(), self._strong_state()))
+        self.resume_from: Path | None = None
+        ours, theirs = (
+            {name: whole_shape(tensor) for name, tensor in state.items()}
+            for state in (self._weak_state(), self._strong_state())
+        )
         if ours != theirs:
             raise ValueError(
                 "`weak_refresh='epoch'` replaces the weak model by later states of the strong one, but `weak_model` "
@@ -63,6 +68,9 @@ class WeakRefresh(TrainerCallback):
             )
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.resume_from is not None:  # only now are the models in the form in which they were saved
+            self.load(self.resume_from)
+            self.resume_from = None
         self.epoch = int(state.epoch or 0) - 1  # `on_epoch_begin` comes next, in a resumed epoch too
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -73,7 +81,7 @@ class WeakRefresh(TrainerCallback):
     def start_round(self, epoch: int) -> None:
         if epoch > self.first_epoch:
             self._set_weak_state(self._read_snapshot())
-        self._keep_snapshot({name: tensor.detach().clone() for name, tensor in self._strong_state().items()})
+        self._keep_snapshot(self._copy_of_parts(self._strong_state()))
         self.round_epoch = epoch
 
     def _strong_state(self) -> dict[str, Tensor]:
@@ -81,7 +89,7 @@ class WeakRefresh(TrainerCallback):
             return {}
         if isinstance(self.weak_reference, NamedAdapter):
             return adapter_state(self.strong, self.strong.active_adapter)
-        return dict(self.strong.state_dict())
+        return _state(self.strong)
 
     def _weak_state(self) -> dict[str, Tensor]:
         reference = self.weak_reference
@@ -90,12 +98,15 @@ class WeakRefresh(TrainerCallback):
         if isinstance(reference, NamedAdapter):
             state = adapter_state(self.strong, reference.name)
             return {sibling(name, reference.name, self.strong.active_adapter): value for name, value in state.items()}
-        return dict(reference.model.state_dict())
+        return _state(extract_model_from_parallel(reference.model))
 
-    @torch.no_grad()
-    def _set_weak_state(self, state: dict[str, Tensor]) -> None:
+    @staticmethod
+    def _copy_of_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: local_part(tensor).detach().clone() for name, tensor in state.items()}
+
+    def _set_weak_state(self, parts: dict[str, Tensor]) -> None:
         for name, tensor in self._weak_state().items():
-            tensor.copy_(state[name])
+            set_local_part_(tensor, parts[name])
 
     def _keep_snapshot(self, state: dict[str, Tensor]) -> None:
         if self.device == "disk":
@@ -107,18 +118,23 @@ class WeakRefresh(TrainerCallback):
     def _read_snapshot(self) -> dict[str, Tensor]:
         return load_file(self.path) if self.device == "disk" else self.snapshot
 
+    def _path_in(self, folder: Path) -> Path:
+        return folder / (self.path.name if is_sharded(self.strong) else self.FILE_NAME)
+
     def save(self, folder: Path) -> None:
-        """Write the weak weights and the snapshot of the round, if one has begun, into `folder`."""
-        if self.round_epoch is None:
+        """Write the weak weights and the snapshot of the round, if one has begun, into `folder`: each process its
+        part where they are sharded, or else the main process."""
+        path = self._path_in(folder)
+        if self.round_epoch is None or not (is_sharded(self.strong) or PartialState().is_main_process):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        states = {"weak": self._weak_state(), "strong": self._read_snapshot()}
-        tensors = {f"{key}.{name}": tensor.clone() for key, state in states.items() for name, tensor in state.items()}
-        save_file(tensors, folder / self.FILE_NAME, metadata={"epoch": str(self.round_epoch)})
+        states = {"weak": self._copy_of_parts(self._weak_state()), "strong": self._read_snapshot()}
+        tensors = {f"{key}.{name}": tensor for key, state in states.items() for name, tensor in state.items()}
+        save_file(tensors, path, metadata={"epoch": str(self.round_epoch)})
 
     def load(self, folder: Path) -> None:
         """Take up the round that was saved in `folder`; without one the first is still to come."""
-        path = folder / self.FILE_NAME
+        path = self._path_in(folder)
         if not path.exists():
             return
         with safe_open(path, framework="pt") as file:
@@ -129,4 +145,11 @@ class WeakRefresh(TrainerCallback):
             for key in ("weak", "strong")
         )
         self._set_weak_state(weak)
-        self._keep_snapshot({name: tensor.to(self._strong_state()[name].device) for name, tensor in strong.items()})
+        devices = {name: local_part(tensor).device for name, tensor in self._strong_state().items()}
+        self._keep_snapshot({name: tensor.to(devices[name]) for name, tensor in strong.items()})
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by their names; several names may share a tensor."""
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in state.items()}

@@ -37,4 +37,9 @@ def check_same_run(state: Path, before: dict[str, Any], now: dict[str, Any]) -> 
             " If the run had no `weak_model`, pass as `model` what it started from (M0), not the checkpoint: the "
             "trainer loads that itself."
         )
+    if before.get("engine") != now.get("engine"):
+        message += (
+            " The states of the optimizer are saved in the form of their engine, with DeepSpeed also of its number of "
+            "processes."
+        )
     raise ValueError(message)

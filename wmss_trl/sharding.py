@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 OptionalTensor = TypeVar("OptionalTensor", bound=Tensor | None)
 
@@ -61,23 +61,16 @@ def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-@torch.no_grad()
-def set_whole_(tensor: Tensor, value: Tensor) -> None:
-    """Give a tensor, split or not, the value that every process passes as a whole."""
-    if isinstance(tensor, DTensor):
-        value = value.to(tensor.device_mesh.device_type)
-        tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None))
-    elif in_zero3(tensor):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
-            tensor.copy_(value)
-    else:
-        tensor.copy_(value)
-
-
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor.ds_tensor if in_zero3(tensor) else tensor
+
+
+@torch.no_grad()
+def set_local_part_(tensor: Tensor, part: Tensor) -> None:
+    """Replace what this process holds of a tensor. All processes must call it together."""
+    if in_zero3(tensor) and tensor.ds_status.name == "AVAILABLE":
+        tensor.partition()  # small parameters stay gathered, which would hide the new part
+    local_part(tensor).copy_(part)

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import warnings
@@ -31,7 +32,7 @@ from .adapters import keep_trainable_on_cpu
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
-from .engines import check_engine, engine_name
+from .engines import LateParameters, check_engine, checkpoint_form, engine_name, whole_state_dict
 from .epochs import EpochPlan
 from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
@@ -179,6 +180,7 @@ class WMSSTrainer(SFTTrainer):
                 args.lambda_schedule, args.mixing_lambda, args.final_mixing_lambda
             )
         self.weak_reference: WeakReference | None = None
+        self._late_parameters: LateParameters | None = None
         self._refresh: WeakRefresh | None = None
         self.curriculum_sampler: CurriculumSampler | None = None
         if not args.uses_weak_model:
@@ -192,6 +194,11 @@ class WMSSTrainer(SFTTrainer):
         head_problem = add_head_access(unwrap_adapter(self.model))
         name = args.weak_model_name_or_path if weak_model is None else weak_model
         if isinstance(name, str) and name.startswith(AUTO):
+            if (engine := engine_name(self.accelerator)) != "replicated":
+                raise ValueError(
+                    f"`weak_model={name!r}` compares whole models on each process, but the run was launched with "
+                    f"{engine}. Rank them on one process (`wmss-trl rank-weak`) and pass the folder of the best."
+                )
             weak_model, args.weak_model_name_or_path = self._choose_weak_model(name), None
         self.weak_reference = make_weak_reference(
             weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
@@ -232,6 +239,7 @@ class WMSSTrainer(SFTTrainer):
                 self.data_collator,
                 self.accelerator,
                 weak_is_initial=weak_model is None and args.weak_model_name_or_path is None,
+                steps_done=lambda: self.state.global_step,
                 on_redraw=self._report_redraw,
             )
             self.curriculum_sampler = self._activation.sampler
@@ -247,7 +255,7 @@ class WMSSTrainer(SFTTrainer):
         return convert_arguments(args, WMSSConfig)
 
     def _check_supported(self) -> None:
-        check_engine(self.args, self.accelerator)
+        check_engine(self.args, self.accelerator, is_peft_model(self.model))
         if self._is_vision_dataset:
             raise ValueError("WMSSTrainer supports text data sets only, but `train_dataset` has images.")
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
@@ -274,6 +282,11 @@ class WMSSTrainer(SFTTrainer):
         """
         if self._activation is None:
             raise ValueError("There is nothing to score without a curriculum. Set `curriculum=True`.")
+        if (engine := engine_name(self.accelerator)) != "replicated":
+            raise ValueError(
+                f"Scoring without training runs the whole model on each process, but was launched with {engine}. "
+                "Launch it on one process or with DDP (`recipes/accelerate/ddp.yaml`)."
+            )
         return self._activation.table()
 
     def _report_redraw(self, metrics: dict[str, float]) -> None:
@@ -456,6 +469,13 @@ class WMSSTrainer(SFTTrainer):
         self._total_train_tokens += int(num_tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        late = self.args.train_weak and self.args.sft_epochs > 0 and self.is_deepspeed_enabled
+        if late and self._late_parameters is None:
+            self._late_parameters = LateParameters(optimizer, self.weak_reference.trained_parameters())
+        return optimizer
+
     # The overrides below give the weak-driven epochs their own data loader and length. Private to transformers,
     # checked with 5.23: one data loader and one epoch length serve the whole run there.
 
@@ -504,6 +524,7 @@ class WMSSTrainer(SFTTrainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if self.curriculum_sampler is not None:
+            self._activation.compare_with_initial_model()
             self.curriculum_sampler.drawn_epoch = None
             if resume_from_checkpoint is not None:
                 epoch, steps = self._plan.locate(self.state.global_step)
@@ -522,7 +543,7 @@ class WMSSTrainer(SFTTrainer):
                 check_same_run(state, saved["run"], self._identity())
                 self._crossover = saved["crossover"]
                 if self._refresh is not None:
-                    self._refresh.load(Path(resume_from_checkpoint) / self.WEAK_FOLDER)
+                    self._refresh.resume_from = Path(resume_from_checkpoint) / self.WEAK_FOLDER
                 if self.curriculum_sampler is not None:
                     self.curriculum_sampler.load(resume_from_checkpoint)
         return epoch, batches
@@ -535,6 +556,7 @@ class WMSSTrainer(SFTTrainer):
             "lambda_schedule": schedule_name(self.args.lambda_schedule),
             "train_weak": self.args.train_weak,
             "weak_refresh": self.args.weak_refresh,
+            "engine": checkpoint_form(self.args, self.accelerator),
         }
         if self.curriculum_sampler is not None:
             identity["train_dataset"] = self._activation.fingerprint
@@ -576,6 +598,11 @@ class WMSSTrainer(SFTTrainer):
                 self.weak_reference.keep_only_lm_head()
         if self._weak_driven and self.args.lambda_schedule == "crossover" and (self._crossover or [None])[0] != epoch:
             self._crossover = epoch, self._measure_crossover()
+        if self._late_parameters is not None and self._weak_driven:
+            first = self.state.global_step == self._plan.total_steps(self.args.sft_epochs)
+            self._late_parameters.train(self.optimizer, first)
+        elif self._late_parameters is not None:
+            self._late_parameters.wait(self.optimizer)
         super()._run_epoch(
             epoch=epoch,
             train_dataloader=train_dataloader,
@@ -585,23 +612,28 @@ class WMSSTrainer(SFTTrainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before the rest, so that a checkpoint with a trainer state always has its draw
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.weak_reference is not None and self.args.should_save and not self.args.save_only_model:
-            # Before the rest, so that a checkpoint with a trainer state always has its draw
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             state = {"run": self._identity(), "crossover": self._crossover}
             (folder / self.STATE_FILE).write_text(json.dumps(state, indent=1))
             if self.curriculum_sampler is not None:
                 self.curriculum_sampler.save(folder)
-            if self.weak_reference.trained:
+            if self.weak_reference.trained and engine_name(self.accelerator) == "replicated":
                 self.weak_reference.save(folder / self.WEAK_FOLDER)
-            if self._refresh is not None:
-                self._refresh.save(folder / self.WEAK_FOLDER)
+        if self._refresh is not None and not self.args.save_only_model:
+            self._refresh.save(folder / self.WEAK_FOLDER)
         super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Of SHARDED_STATE_DICT the Trainer (checked with transformers 5.23) writes checkpoints, but no final model
+        with contextlib.nullcontext() if _internal_call else whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weak = self.weak_reference
-        if weak is None or not weak.trained:
+        if weak is None or not weak.trained or self.is_fsdp_enabled:  # whose checkpoint has both models
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         with weak.detached():

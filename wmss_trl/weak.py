@@ -264,6 +264,9 @@ class TrainedModel(WeakReference):
     def logits(self, inputs: dict[str, Any]) -> Tensor:
         return self.model(**inputs).logits
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
     @contextmanager
     def detached(self) -> Iterator[None]:
         branch = self.strong._modules.pop("weak_branch", None)
@@ -318,6 +321,9 @@ class TrainedAdapter(NamedAdapter):
     def logits(self, inputs: dict[str, Any]) -> Tensor:
         with active_adapter(self.model, self.name), recomputing_with(self.model, self.name):
             return self.model(**inputs).logits
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [p for p in adapter_parameters(self.model, self.name).values() if p.requires_grad]
 
     @contextmanager
     def detached(self) -> Iterator[None]:

@@ -48,7 +48,7 @@ def make_trainer(engine: str, lora: bool = False, own_weak_model: bool = False, 
             "bf16": False,
             "activation_checkpointing": False,
             "num_train_epochs": 2,
-            "learning_rate": 0.01,
+            "learning_rate": 0.001,
             "lr_scheduler_type": "constant",
         }
         | options,
@@ -69,7 +69,7 @@ def check_engine_is_on(trainer: WMSSTrainer, engine: str, lora: bool) -> None:
     accelerator, model = trainer.accelerator, trainer.model
     assert accelerator.num_processes == (1 if engine == "one" else 2)
     assert engine_name(accelerator) == ("replicated" if engine in ("one", "ddp") else engine)
-    wrapper = WRAPPERS[engine].replace("Qwen3ForCausalLM", "PeftModelForCausalLM") if lora else WRAPPERS[engine]
+    wrapper = WRAPPERS[engine].replace("Qwen3ForCausalLM", "PeftModel") if lora else WRAPPERS[engine]
     assert type(trainer.model_wrapped).__name__ == wrapper
     assert is_sharded(model) == (engine in ("fsdp2", "zero3"))
     weak = trainer.weak_reference.model
