@@ -1,8 +1,10 @@
 import json
 import math
+import re
 import weakref
 from dataclasses import asdict, replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -472,6 +474,7 @@ def test_scoring_of_a_cached_weak_model_gathers_all_of_it_once():
         ({"dtype": "float16"}, "`dtype='float16'` is unknown"),
         ({"gpus": 0}, "`gpus=0` must be at least 1"),
         ({"lora": 0}, "`lora=0` must be at least 1"),
+        ({"tokens": 5, "length": 6}, "`length=6` is more than `tokens=5`. Raise `tokens`"),
         ({"weak": "adapter-off"}, "`weak='adapter-off'` needs an adapter. Set `lora`"),
         ({"weak": "none", "weak_model": SMALL}, "`weak_model` is not used with `weak='none'`"),
         ({"weak": "cached", "lora": 1, "weak_model": SMALL}, "`weak_model` is not used with `weak='cached'`"),
@@ -538,3 +541,12 @@ def test_command_with_a_folder_an_adapter_and_one_table(capsys, tmp_path):
 def test_bad_commands(options, message):
     with pytest.raises(ValueError, match=message):
         main(["estimate", "--model", "qwen3-0.6b", *options])
+
+
+def test_tables_of_the_documentation(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    examples = re.findall(r"```bash\nwmss-trl (estimate .*)\n```\n\n((?:\|.*\n)+)", text)
+    assert len(examples) == text.count("```bash") > 0
+    for command, table in examples:
+        main(command.split())
+        assert capsys.readouterr().out == table, command

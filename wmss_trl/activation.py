@@ -22,7 +22,7 @@ from .packing import PackedDocuments, pack_prefix
 from .ranking import MIN_RELATIVE_GAP, relative_gap
 from .score_files import ScoreCache, ScoreTable
 from .scoring import DataCollator, dataset_fingerprint, example_lengths, supervised_token_counts
-from .sharding import whole_shape
+from .sharding import parameters_at_rest, whole_shape
 from .weak import WeakReference, fingerprint
 from .weak_cache import HiddenCache
 
@@ -215,7 +215,7 @@ class DataActivation:
         return table
 
     def _model_fingerprint(self) -> str:
-        return fingerprint(dict(self.model.named_parameters()))
+        return fingerprint(parameters_at_rest(self.model))
 
     def _identity(self) -> dict[str, str]:
         return {

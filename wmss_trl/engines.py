@@ -10,6 +10,9 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import TrainerCallback
+
+from .sharding import local_part
 
 if TYPE_CHECKING:
     from .config import WMSSConfig
@@ -131,12 +134,13 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers
 
 
-class LateParameters:
+class LateParameters(TrainerCallback):
     """
-    Parameters that DeepSpeed's optimizer is given long before they are trained.
+    Callback for parameters that an optimizer is given long before they are trained.
 
-    Elsewhere a parameter without a gradient is skipped. DeepSpeed flattens each parameter group and steps it with zero
-    gradients: weights decay, and Adam's step count, which corrects the bias of its moments, runs ahead of them.
+    A parameter without a gradient is skipped where it is stepped for itself. But DeepSpeed flattens each parameter
+    group and steps it with zero gradients: weights decay, and Adam's step count, which corrects the bias of its
+    moments, runs ahead of them. And FSDP2 cannot load a checkpoint in which a parameter has no state.
 
     Args:
         optimizer (`torch.optim.Optimizer`):
@@ -162,11 +166,17 @@ class LateParameters:
         for index in self.weight_decays:
             optimizer.param_groups[index]["weight_decay"] = 0.0
 
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        for index in self.weight_decays:
+            for parameter in optimizer.param_groups[index]["params"]:
+                if parameter.grad is None and parameter not in optimizer.state:
+                    parameter.grad = torch.zeros_like(parameter)
+
     def train(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
         """Train the parameters in the steps to come, the `first` of which begins with fresh states."""
         for index, weight_decay in self.weight_decays.items():
             optimizer.param_groups[index]["weight_decay"] = weight_decay
         for state in optimizer.state.values() if first else ():
             moments = [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim > 0]
-            if not any(moment.any() for moment in moments):
+            if not any(local_part(moment).any() for moment in moments):
                 state.clear()

@@ -169,6 +169,8 @@ class Setup:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1. Raise it.")
+        if (self.length or 0) > self.tokens:
+            raise ValueError(f"`length={self.length}` is more than `tokens={self.tokens}`. Raise `tokens` to it.")
         if self.lora is None and self.weak in ("adapter-off", "adapter"):
             raise ValueError(f"`weak={self.weak!r}` needs an adapter. Set `lora` to its rank, or use `weak='model'`.")
         if self.weak_model is not None and (self.weak not in ("model", "cached", "joint") or self.shares_base):

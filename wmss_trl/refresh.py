@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .adapters import adapter_state, sibling
-from .sharding import is_sharded, local_part, set_local_part_, whole_shape
+from .sharding import is_sharded, local_part, reshard, set_local_part_, whole_shape
 from .weak import InitialModel, NamedAdapter, WeakReference
 
 REFRESH_DEVICES = ("cpu", "same", "disk")
@@ -88,6 +88,7 @@ class WeakRefresh(TrainerCallback):
         if isinstance(self.weak_reference, InitialModel):
             return {}
         if isinstance(self.weak_reference, NamedAdapter):
+            reshard(self.strong)
             return adapter_state(self.strong, self.strong.active_adapter)
         return _state(self.strong)
 
@@ -96,6 +97,7 @@ class WeakRefresh(TrainerCallback):
         if isinstance(reference, InitialModel):
             return {}
         if isinstance(reference, NamedAdapter):
+            reshard(self.strong)
             state = adapter_state(self.strong, reference.name)
             return {sibling(name, reference.name, self.strong.active_adapter): value for name, value in state.items()}
         return _state(extract_model_from_parallel(reference.model))
@@ -151,5 +153,6 @@ class WeakRefresh(TrainerCallback):
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a model by their names; several names may share a tensor."""
+    reshard(model)
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in state.items()}

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 OptionalTensor = TypeVar("OptionalTensor", bound=Tensor | None)
@@ -14,6 +15,19 @@ OptionalTensor = TypeVar("OptionalTensor", bound=Tensor | None)
 def in_zero3(parameter: Tensor | None) -> bool:
     """Whether ZeRO-3 manages a parameter, which is empty while it is not gathered."""
     return hasattr(parameter, "ds_id")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 give up what a forward has gathered and a backward pass would release: that of the LM head, say."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def parameters_at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a model by their names, in the form that the engine keeps between forwards."""
+    reshard(model)
+    return dict(model.named_parameters())
 
 
 def is_sharded(model: nn.Module) -> bool:

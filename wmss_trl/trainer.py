@@ -471,9 +471,11 @@ class WMSSTrainer(SFTTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        late = self.args.train_weak and self.args.sft_epochs > 0 and self.is_deepspeed_enabled
+        late = self.args.train_weak and self.args.sft_epochs > 0 and engine_name(self.accelerator) != "replicated"
         if late and self._late_parameters is None:
             self._late_parameters = LateParameters(optimizer, self.weak_reference.trained_parameters())
+            if self.is_fsdp_enabled:
+                self.add_callback(self._late_parameters)
         return optimizer
 
     # The overrides below give the weak-driven epochs their own data loader and length. Private to transformers,

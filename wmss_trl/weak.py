@@ -27,7 +27,7 @@ from .adapters import (
 )
 from .engines import engine_name, prepare_frozen
 from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter, whole_lm_head
-from .sharding import gathered, is_sharded, whole, whole_shape
+from .sharding import gathered, is_sharded, parameters_at_rest, whole, whole_shape
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -122,7 +122,7 @@ class WeakReference:
         return fingerprint(self._parameters())
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
+        return parameters_at_rest(self.model)
 
 
 class InitialModel(WeakReference):
@@ -202,7 +202,7 @@ class NamedAdapter(WeakReference):
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         strong = adapter_parameters(self.model, self.model.active_adapter)
-        return {name: parameter for name, parameter in self.model.named_parameters() if name not in strong}
+        return {name: tensor for name, tensor in parameters_at_rest(self.model).items() if name not in strong}
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ from conftest import sums
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
 from wmss_trl.engines import engine_name
-from wmss_trl.sharding import in_zero3, is_sharded, whole_state
+from wmss_trl.sharding import in_zero3, is_sharded, parameters_at_rest, whole_state
 
 # What the model is wrapped in: FSDP on a CPU is silently plain DDP, and DDP no wrapper at all, where something is off
 WRAPPERS = {
@@ -106,7 +106,7 @@ def run(
         trainer.save_model(trainer.args.output_dir)
     sampler, logs = trainer.curriculum_sampler, trainer.state.log_history
     last_epoch = visited[-len(trainer._active_dataloader) :]
-    parameters = dict(trainer.model.named_parameters()) | (
+    parameters = parameters_at_rest(trainer.model) | (
         {f"weak_branch.{name}": value for name, value in branch.named_parameters()} if unsynchronised else {}
     )
     weights = whole_state(dict(sorted(parameters.items())))
