@@ -110,7 +110,7 @@ class DataActivation:
             rescore_epochs=args.rescore_epochs,
             shuffle=args.train_sampling_strategy != "sequential",
             lengths=lengths if args.train_sampling_strategy == "group_by_length" else None,
-            group_size=args.train_batch_size * args.gradient_accumulation_steps,
+            group_size=args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
             pack=pack,
             num_rows=num_rows,
             seed=args.draw_seed,

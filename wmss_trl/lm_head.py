@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .losses import matmul_dtype, project, transform_logits_
-from .sharding import gathered, whole
+from .sharding import gathered, runnable, whole, whole_shape
 
 
 @dataclass
@@ -156,7 +157,10 @@ def add_head_access(model: nn.Module) -> str | None:
         return HeadOutput(value=value, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
-    problem = _head_problem(model)
+    problem = [_head_problem(model)]
+    if torch.distributed.is_initialized():  # FSDP may load the weights on the main process only
+        broadcast_object_list(problem)
+    (problem,) = problem
     model.has_head_access = problem is None
     return problem
 
@@ -166,9 +170,10 @@ def _head_problem(model: nn.Module) -> str | None:
     if getattr(model, "base_model", model) is model:
         return "it has no base model that returns hidden states"
     lm_head = model.get_output_embeddings()
-    if getattr(lm_head, "weight", None) is None or lm_head.weight.ndim != 2 or not hasattr(lm_head, "bias"):
+    weight = getattr(lm_head, "weight", None)
+    if weight is None or len(whole_shape(weight)) != 2 or not hasattr(lm_head, "bias"):
         return f"its output embeddings ({type(lm_head).__name__}) are not a linear layer"
-    device = lm_head.weight.device
+    device = weight.device
     inputs = {"input_ids": torch.arange(8, device=device).view(1, -1)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     dtypes = set()
@@ -178,7 +183,7 @@ def _head_problem(model: nn.Module) -> str | None:
         out = torch.empty(len(hidden), len(head.weight), dtype=torch.float32, device=hidden.device)
         return transform_logits_(project(out, hidden, head.weight, head.bias), head.scale, head.softcap)
 
-    with evaluating(model):
+    with evaluating(model), runnable(model):
         expected = model(**inputs, use_cache=False).logits[0].float()
         ours = model(**inputs, positions=torch.arange(8, device=device), with_lm_head=logits)["value"]
     largest, error = expected.abs().max(), (ours - expected).abs().max()

@@ -1,8 +1,8 @@
 """Parameters that FSDP2 or ZeRO-3 keep split over the processes: as whole tensors, and as this process's part."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,32 @@ def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
     absent = [parameter for parameter in managed if parameter.ds_status != ZeroParamStatus.AVAILABLE]
     with deepspeed.zero.GatheredParameters(absent, enabled=bool(absent)):
         yield
+
+
+@contextmanager
+def runnable(model: nn.Module) -> Iterator[None]:
+    """Let a model that ZeRO-3 has split when it was loaded run before it is prepared: each module gathers its own
+    parameters for its forward."""
+    if not any(in_zero3(parameter) for parameter in model.parameters()):
+        yield
+        return
+    contexts: dict[nn.Module, AbstractContextManager[None]] = {}
+
+    def gather(module: nn.Module, inputs: Any) -> None:
+        contexts[module] = gathered(list(module.parameters(recurse=False)))
+        contexts[module].__enter__()
+
+    def release(module: nn.Module, inputs: Any, output: Any) -> None:
+        contexts.pop(module).__exit__(None, None, None)
+
+    handles = []
+    for module in model.modules():
+        handles += [module.register_forward_pre_hook(gather), module.register_forward_hook(release, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def whole(tensor: OptionalTensor, device: torch.device | None = None) -> OptionalTensor:

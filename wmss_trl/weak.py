@@ -27,7 +27,7 @@ from .adapters import (
 )
 from .engines import engine_name, prepare_frozen
 from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter, whole_lm_head
-from .sharding import gathered, is_sharded, parameters_at_rest, whole, whole_shape
+from .sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole, whole_shape
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -470,6 +470,10 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
             "model. Pass `weak_model` as a path or hub id, or load the model on one device."
         )
     weak = copy.deepcopy(model)
+    for parameter, copied in zip(model.parameters(), weak.parameters(), strict=True):
+        if in_zero3(parameter):  # the copy is empty
+            with gathered([parameter]):
+                copied.data = parameter.data.to("cpu", copy=True)
     # A patched forward (TRL 1.16's fused LM head, ours) is an instance attribute whose closure runs the original model
     vars(unwrap_adapter(weak)).pop("forward", None)
     return weak
@@ -546,12 +550,10 @@ def fingerprint(parameters: dict[str, nn.Parameter]) -> str:
         with gathered([parameter]):
             values = whole(parameter.detach())
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-            if values.is_meta:
-                continue
             bits = values.view(integers[values.element_size()]).flatten()
             sample = bits[:: max(1, len(bits) // 64)][:64].long()
             digest.update(torch.cat([sample, bits.sum(dtype=torch.int64).view(1)]).cpu().numpy().tobytes())
     result = [digest.hexdigest()[:16]]
-    if torch.distributed.is_initialized():  # only the main process has the weights that FSDP loads sparingly
+    if torch.distributed.is_initialized():  # FSDP may load the weights on the main process only
         broadcast_object_list(result)
     return result[0]
