@@ -77,8 +77,8 @@ def check_engine(args: "WMSSConfig", accelerator: Accelerator, has_adapter: bool
         if steps not in ("auto", args.gradient_accumulation_steps):
             raise ValueError(
                 f"The DeepSpeed configuration has `gradient_accumulation_steps: {steps}`, but the arguments have "
-                f"`gradient_accumulation_steps={args.gradient_accumulation_steps}`. Remove it from the configuration, "
-                "or set it to 'auto'."
+                f"`gradient_accumulation_steps={args.gradient_accumulation_steps}`. Set it to 'auto' there (in a JSON "
+                "file that does not name it, it is 1)."
             )
         if args.train_weak and args.sft_epochs and "optimizer" in config:
             raise ValueError(

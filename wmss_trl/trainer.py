@@ -629,8 +629,9 @@ class WMSSTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Of SHARDED_STATE_DICT the Trainer (checked with transformers 5.23) writes checkpoints, but no final model
-        with contextlib.nullcontext() if _internal_call else whole_state_dict(self.accelerator):
+        # With SHARDED_STATE_DICT the Trainer (checked with transformers 5.23) writes checkpoints, but no final model
+        in_checkpoint = _internal_call and output_dir is not None
+        with contextlib.nullcontext() if in_checkpoint else whole_state_dict(self.accelerator):
             super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

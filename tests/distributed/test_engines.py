@@ -1,4 +1,4 @@
-"""Two real processes under `accelerate launch` against one at the same global batch, and resumed runs."""
+"""Two real processes under `accelerate launch`, with each engine's recipe, against one at the same global batch."""
 
 import json
 import os
@@ -8,132 +8,233 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import sums
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from wmss_trl.data.tiny import build_model, build_tokenizer
 
 WORKER = Path(__file__).with_name("worker.py")
-CONFIG = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu2.yaml"
+RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
+ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+OVERRIDES = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+
+# What is run under every engine. Runs of LoRA need a large learning rate, or the entropies hardly change and the draw
+# hangs on their last digit.
+JOINT = {"train_weak": True, "mixing_lambda": 0.4, "weight_decay": 0.1}
+MATRIX = {"frozen": {}, "lora": {"lora": True, "learning_rate": 0.01}, "joint": JOINT}
+OTHERS = {
+    "joint-lora": JOINT | {"lora": True, "learning_rate": 0.01, "activation_checkpointing": True},
+    "rounds": {"weak_refresh": "epoch", "num_train_epochs": 3},
+    "cached": {"weak_cache": "hidden", "gradient_accumulation_steps": 2},
+    "other-model": {
+        "own_weak_model": True,
+        "lambda_schedule": "crossover",
+        "train_sampling_strategy": "group_by_length",
+    },
+    "curriculum-only": {"mixing_lambda": 1.0},
+    "packed": {"packing": True, "max_length": 40, "per_device_train_batch_size": 1},
+    # Scored in 5 batches by 2 processes: the last one is for one of them
+    "few": {"num_examples": 9, "active_fraction": 1.0, "scoring_batch_size": 2},
+}
+# Where an engine has something to go wrong that another has not
+KINDS = dict.fromkeys(ENGINES, MATRIX | OTHERS)
+KINDS["fsdp2"] = KINDS["fsdp2"] | {
+    "sparing": {"sparing_load": True},
+    "sparing-joint": JOINT | {"sparing_load": True, "own_weak_model": True},
+    "sharded-files": JOINT | {"state_dict_type": "SHARDED_STATE_DICT"},
+}
+KINDS["zero3"] = KINDS["zero3"] | {"split-at-loading": {"model": "MODEL"}}
+KINDS["zero2"] = MATRIX | {name: OTHERS[name] for name in ("joint-lora", "rounds", "cached")}
+CASES = [(engine, kind) for engine in ENGINES for kind in KINDS[engine]]
+# A step of phase 1, and one in the middle of the last epoch
+RESUMED = dict.fromkeys((*MATRIX, "joint-lora", "sharded-files"), (3, 12)) | {"rounds": (12, 18), "cached": (6,)}
 
 
-def launch(folder, num_processes, *runs, **options):
+def launch(folder, engine, runs):
     """Launch the worker for one run after the other and return the results of the ranks of each."""
     result = folder / f"result{len(list(folder.glob('result*')))}"
-    common = {"expected_processes": num_processes, "output_dir": str(folder / "run"), **options}
+    result.touch()
     launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if engine != "one":
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{engine}.yaml"), *OVERRIDES]
+    runs = [{"engine": engine, "dataloader_drop_last": True, "plot_curriculum": False} | run for run in runs]
     process = subprocess.run(
-        [*launcher, str(WORKER), json.dumps([common | run for run in runs or ({},)]), str(result)],
-        env=environment,
+        [*launcher, str(WORKER), json.dumps(runs), str(result)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    paths = [[Path(f"{result}.{i}.{rank}.npz") for rank in range(num_processes)] for i in range(len(runs) or 1)]
-    assert all(path.exists() for ranks in paths for path in ranks), process.stderr[-3000:]
-    result.touch()
+    ranks = range(1 if engine == "one" else 2)
+    paths = [[Path(f"{result}.{i}.{rank}.npz") for rank in ranks] for i in range(len(runs))]
+    assert all(path.exists() for ranks in paths for path in ranks), process.stderr[-5000:]
     return [[dict(np.load(path)) for path in ranks] for ranks in paths]
-
-
-OPTIONS = {"per_device_train_batch_size": 2, "dataloader_drop_last": True}
-ONE = {"per_device_train_batch_size": 4}
-PACKED = {"packing": True, "max_length": 40, "per_device_train_batch_size": 1}
-
-
-OTHERS = {
-    "packed": PACKED,
-    "joint": {"train_weak": True, "mixing_lambda": 0.4},
-    "joint-lora": {"train_weak": True, "mixing_lambda": 0.4, "lora": True, "activation_checkpointing": True},
-    "lora": {"lora": True},
-    "rounds": {"weak_refresh": "epoch"},
-    "cached": {"weak_cache": "hidden"},
-}
-RUNS = ["full", *OTHERS]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ddp")
+    folder = tmp_path_factory.mktemp("engines")
+    tokenizer = build_tokenizer([row["prompt"] + row["completion"] for row in sums(37)], vocab_size=300)
+    torch.manual_seed(0)
+    build_model(tokenizer, hidden_size=32, intermediate_size=64, num_layers=2).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
 
 
-@pytest.fixture(scope="module")
-def whole_runs(folder):
-    """Runs of each kind, with a checkpoint of every step."""
-    others = [{"output_dir": str(folder / name), **options} for name, options in OTHERS.items()]
-    return launch(folder, 2, {}, *others, save_strategy="steps", save_steps=1, **OPTIONS)
+def options_of(folder, engine, kind):
+    options = {"per_device_train_batch_size": 2} | KINDS[engine][kind]
+    if "model" in options:
+        options["model"] = str(folder / "model")
+    return options
 
 
 @pytest.fixture(scope="module")
 def single_runs(folder):
-    one = ONE | {"output_dir": str(folder / "one"), "save_strategy": "steps", "save_steps": 1}
-    others = [
+    """Each kind of run on one process, at the global batch of two."""
+    kinds = {kind: (options_of(folder, engine, kind)) for engine in ENGINES for kind in KINDS[engine]}
+    runs = [
         options
-        | {"output_dir": str(folder / f"one-{name}"), "per_device_train_batch_size": 2 if name == "packed" else 4}
-        for name, options in OTHERS.items()
+        | {
+            "per_device_train_batch_size": 2 * options["per_device_train_batch_size"],
+            "output_dir": str(folder / "one" / kind),
+            "save_strategy": "steps" if kind == "frozen" else "no",
+            "save_steps": 1,
+        }
+        for kind, options in kinds.items()
     ]
-    return launch(folder, 1, one, *others, **OPTIONS)
+    return dict(zip(kinds, launch(folder, "one", runs), strict=True))
 
 
-@pytest.mark.parametrize("run", range(len(RUNS)), ids=RUNS)
-def test_two_processes_equal_one_at_the_same_global_batch(whole_runs, single_runs, run):
-    (single,) = single_runs[run]
-    for ours in whole_runs[run]:
-        np.testing.assert_allclose(ours["losses"], single["losses"], rtol=1e-5)
+@pytest.fixture(scope="module")
+def whole_runs(folder):
+    """Each kind of run under an engine, saved after the steps from which it is resumed and at the end."""
+    results = {}
+
+    def whole_runs_of(engine):
+        if engine not in results:
+            runs = [
+                options_of(folder, engine, kind)
+                | {
+                    "output_dir": str(folder / engine / kind),
+                    "save_strategy": "steps" if kind in RESUMED else "no",
+                    "save_steps": 1 if kind == "frozen" else 3 if 3 in RESUMED.get(kind, ()) else 6,
+                    "save": True,
+                }
+                for kind in KINDS[engine]
+            ]
+            results[engine] = dict(zip(KINDS[engine], launch(folder, engine, runs), strict=True))
+        return results[engine]
+
+    return whole_runs_of
+
+
+@pytest.mark.parametrize(("engine", "kind"), CASES)
+def test_two_processes_equal_one_at_the_same_global_batch(whole_runs, single_runs, engine, kind):
+    (single,) = single_runs[kind]
+    for ours in whole_runs(engine)[kind]:
+        np.testing.assert_allclose(ours["loss"], single["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours["mixed_nll"], single["mixed_nll"], rtol=1e-5)
+        np.testing.assert_allclose(ours["grad_norm"], single["grad_norm"], rtol=1e-4)
         np.testing.assert_array_equal(ours["num_tokens"], single["num_tokens"])
         np.testing.assert_allclose(ours["weak_entropy"], single["weak_entropy"], atol=1e-5)
         np.testing.assert_allclose(ours["strong_entropy"], single["strong_entropy"], atol=1e-5)
         np.testing.assert_array_equal(ours["indices"], single["indices"])
+        np.testing.assert_array_equal(ours["names"], single["names"])
         np.testing.assert_allclose(ours["weights"], single["weights"], atol=1e-5)
 
 
-@pytest.mark.parametrize("run", range(len(RUNS)), ids=RUNS)
-def test_ranks_agree_exactly(whole_runs, run):
-    first, second = whole_runs[run]
+@pytest.mark.parametrize(("engine", "kind"), CASES)
+def test_ranks_agree_exactly(whole_runs, engine, kind):
+    first, second = whole_runs(engine)[kind]
     for key in first.keys() - {"last_epoch"}:
         np.testing.assert_array_equal(first[key], second[key], err_msg=key)
 
 
-def test_ranks_share_the_active_set(whole_runs):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_share_the_active_set(whole_runs, engine):
     """Each example of the list is visited on one rank, once; `drop_last` leaves out the last incomplete batch."""
-    parts = [json.loads(str(ours["last_epoch"])) for ours in whole_runs[0]]
-    active_set = json.loads(str(whole_runs[0][0]["active_set"]))
+    ranks = whole_runs(engine)["frozen"]
+    parts = [json.loads(str(ours["last_epoch"])) for ours in ranks]
+    active_set = json.loads(str(ranks[0]["active_set"]))
     assert len(parts[0]) == len(parts[1]) == 10
     assert sorted(parts[0] + parts[1]) == sorted(active_set[:20])
 
 
-def test_a_run_on_two_processes_stopped_after_any_step_and_resumed_ends_the_same(folder, whole_runs):
-    """In new processes. In the middle of an epoch accelerate's SkipBatchSampler hides a custom sampler."""
+@pytest.mark.parametrize(("engine", "kind"), CASES)
+def test_the_strong_model_alone_is_saved_and_loads_with_plain_transformers(folder, whole_runs, engine, kind):
+    result = whole_runs(engine)[kind][0]
+    saved = folder / engine / kind
+    if "lora" in kind:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), saved)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(saved)
+    trained = dict(zip(result["names"], np.split(result["weights"], result["sizes"].cumsum()[:-1]), strict=True))
+    trained = {name: value for name, value in trained.items() if "weak_branch" not in name and "wmss_weak" not in name}
+    weights = {name: parameter.detach().numpy().ravel() for name, parameter in model.named_parameters()}
+    assert weights.keys() == trained.keys()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, trained[name], err_msg=name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_stopped_and_resumed_in_new_processes_ends_the_same(folder, whole_runs, engine):
+    """In the middle of an epoch accelerate's SkipBatchSampler hides a custom sampler."""
     resumptions, expected = [], []
-    for name, run in zip(("run", *OTHERS), whole_runs, strict=True):
-        options, steps = OTHERS.get(name, {}), len(run[0]["losses"])
-        for step in range(1, steps) if name == "run" else (steps // 2 + 1, steps - 2):
-            checkpoint = str(folder / name / f"checkpoint-{step}")
-            resumptions.append({"resume": checkpoint, **options})
-            expected.append(run)
-    assert len(expected) == 18 + 2 * len(OTHERS)
-    resumed = launch(
-        folder,
-        2,
-        *resumptions,
-        save_strategy="no",
-        output_dir=str(folder / "resumed"),
-        plot_curriculum=False,
-        **OPTIONS,
-    )
+    for kind, results in whole_runs(engine).items():
+        every_step = engine == "ddp" and kind == "frozen"
+        for step in range(1, 14) if every_step else RESUMED.get(kind, ()):
+            checkpoint = folder / engine / kind / f"checkpoint-{step}"
+            resumptions.append({"resume": str(checkpoint), **options_of(folder, engine, kind)})
+            expected.append(results)
+    assert len(expected) >= 11
+    common = {"save_strategy": "no", "output_dir": str(folder / engine / "resumed")}
+    resumed = launch(folder, engine, [common | run for run in resumptions])
     for resumption, ranks, whole_ranks in zip(resumptions, resumed, expected, strict=True):
         for ours, whole in zip(ranks, whole_ranks, strict=True):
             where = resumption["resume"]
             np.testing.assert_array_equal(ours["indices"], whole["indices"], err_msg=where)
-            np.testing.assert_allclose(ours["losses"], whole["losses"], rtol=1e-6, err_msg=where)
+            np.testing.assert_allclose(ours["loss"], whole["loss"], rtol=1e-6, err_msg=where)
             np.testing.assert_allclose(ours["weights"], whole["weights"], atol=1e-6, err_msg=where)
 
 
 def test_a_run_stopped_after_any_step_and_resumed_in_a_new_process_ends_bit_for_bit_the_same(folder, single_runs):
-    (whole,) = single_runs[0]
-    resumptions = [{"resume": str(folder / "one" / f"checkpoint-{step}")} for step in range(1, 19)]
-    options = OPTIONS | ONE | {"output_dir": str(folder / "one-resumed"), "save_strategy": "no"}
-    resumed = launch(folder, 1, *resumptions, **options)
-    assert len(whole["losses"]) == 19
-    for resumption, (ours,) in zip(resumptions, resumed, strict=True):
-        for key in ("indices", "losses", "weights"):
-            np.testing.assert_array_equal(ours[key], whole[key], err_msg=resumption["resume"])
+    (whole,) = single_runs["frozen"]
+    common = {"per_device_train_batch_size": 4, "save_strategy": "no", "output_dir": str(folder / "one" / "resumed")}
+    checkpoints = [folder / "one" / "frozen" / f"checkpoint-{step}" for step in range(1, 14)]
+    resumed = launch(folder, "one", [common | {"resume": str(checkpoint)} for checkpoint in checkpoints])
+    assert len(whole["loss"]) == 14
+    for checkpoint, (ours,) in zip(checkpoints, resumed, strict=True):
+        for key in ("indices", "loss", "weights"):
+            np.testing.assert_array_equal(ours[key], whole[key], err_msg=checkpoint)
+
+
+def test_a_run_of_two_processes_goes_on_on_one(folder, whole_runs):
+    """The draw does not depend on the number of processes."""
+    whole = whole_runs("ddp")["frozen"][0]
+    common = {"per_device_train_batch_size": 4, "save_strategy": "no", "output_dir": str(folder / "one" / "fewer")}
+    checkpoints = [str(folder / "ddp" / "frozen" / f"checkpoint-{step}") for step in (3, 12)]
+    for (ours,) in launch(folder, "one", [common | {"resume": checkpoint} for checkpoint in checkpoints]):
+        np.testing.assert_array_equal(ours["indices"], whole["indices"])
+        np.testing.assert_allclose(ours["loss"], whole["loss"], rtol=1e-5)
+        np.testing.assert_allclose(ours["weights"], whole["weights"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "form"), [("ddp", "replicated"), ("fsdp2", "fsdp2"), ("zero3", "zero3, 2 processes")]
+)
+def test_a_checkpoint_tells_what_it_can_be_resumed_with(folder, whole_runs, engine, form):
+    whole_runs(engine)
+    state = json.loads((folder / engine / "frozen" / "checkpoint-12" / "wmss_state.json").read_text())
+    assert state["run"]["engine"] == form
+
+
+def test_a_weak_branch_that_is_not_synchronised_is_caught(folder, single_runs):
+    """The checks above would notice a weak model that the engine does not know."""
+    options = {"per_device_train_batch_size": 2, "output_dir": str(folder / "control"), "unsynchronised": True}
+    ((first, second),) = launch(folder, "ddp", [options | JOINT | {"save_strategy": "no"}])
+    (single,) = single_runs["joint"]
+    assert np.abs(first["weights"] - second["weights"]).max() > 1e-4
+    np.testing.assert_array_equal(first["names"], single["names"])
+    assert np.abs(first["weights"] - single["weights"]).max() > 1e-4

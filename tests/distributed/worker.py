@@ -38,8 +38,10 @@ def make_trainer(
     model: str | None = None,
     weak_model: str | None = None,
     sparing_load: bool = False,
+    state_dict_type: str = "FULL_STATE_DICT",
     **options,
 ) -> WMSSTrainer:
+    os.environ["FSDP_STATE_DICT_TYPE"] = state_dict_type
     torch.manual_seed(0)
     examples = sums(options.pop("num_examples", 37))
     tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in sums(37)], vocab_size=300)
@@ -78,7 +80,7 @@ def make_trainer(
 
 def check_engine_is_on(trainer: WMSSTrainer, engine: str, lora: bool) -> None:
     accelerator, model = trainer.accelerator, trainer.model
-    assert accelerator.num_processes == (1 if engine == "one" else 2)
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     name = engine.removesuffix("_offload")
     assert engine_name(accelerator) == ("replicated" if engine in ("one", "ddp") else name)
     wrapper = WRAPPERS[name].replace("Qwen3ForCausalLM", "PeftModel") if lora else WRAPPERS[name]
@@ -126,6 +128,7 @@ def run(
         f"{result}.{trainer.accelerator.process_index}.npz",
         weights=torch.cat([value.float().flatten() for value in weights.values()]).numpy(),
         names=list(weights),
+        sizes=[value.numel() for value in weights.values()],
         **{
             key: [entry[key] for entry in logs if key in entry]
             for key in ("loss", "mixed_nll", "num_tokens", "grad_norm")
