@@ -1,24 +1,18 @@
 """Two real processes under `accelerate launch`, with each engine's recipe, against one at the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import sums
+from launcher import launch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from wmss_trl.data.tiny import build_model, build_tokenizer
 
-WORKER = Path(__file__).with_name("worker.py")
-RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
-OVERRIDES = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
 
 # What is run under every engine. Runs of LoRA need a large learning rate, or the entropies hardly change and the draw
 # hangs on their last digit.
@@ -50,27 +44,6 @@ KINDS["zero2"] = MATRIX | {name: OTHERS[name] for name in ("joint-lora", "rounds
 CASES = [(engine, kind) for engine in ENGINES for kind in KINDS[engine]]
 # A step of phase 1, and one in the middle of the last epoch
 RESUMED = dict.fromkeys((*MATRIX, "joint-lora", "sharded-files"), (3, 12)) | {"rounds": (12, 18), "cached": (6,)}
-
-
-def launch(folder, engine, runs):
-    """Launch the worker for one run after the other and return the results of the ranks of each."""
-    result = folder / f"result{len(list(folder.glob('result*')))}"
-    result.touch()
-    launcher = [sys.executable]
-    if engine != "one":
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{engine}.yaml"), *OVERRIDES]
-    runs = [{"engine": engine, "dataloader_drop_last": True, "plot_curriculum": False} | run for run in runs]
-    process = subprocess.run(
-        [*launcher, str(WORKER), json.dumps(runs), str(result)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    ranks = range(1 if engine == "one" else 2)
-    paths = [[Path(f"{result}.{i}.{rank}.npz") for rank in ranks] for i in range(len(runs))]
-    assert all(path.exists() for ranks in paths for path in ranks), process.stderr[-5000:]
-    return [[dict(np.load(path)) for path in ranks] for ranks in paths]
 
 
 @pytest.fixture(scope="module")

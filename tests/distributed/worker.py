@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import sums
@@ -47,14 +48,22 @@ def make_trainer(
     tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in sums(37)], vocab_size=300)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
     model = model or build_model(tokenizer, **sizes)
-    if own_weak_model:
-        weak_model = build_model(tokenizer, **sizes | {"hidden_size": 48})
+    if own_weak_model:  # with layers of another class
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        weak_model = LlamaForCausalLM(config)
     args = WMSSConfig(
-        use_cpu=True,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
         **{
+            "use_cpu": True,
             "bf16": False,
             "activation_checkpointing": False,
             "num_train_epochs": 2,
@@ -66,7 +75,7 @@ def make_trainer(
     if sparing_load and not PartialState().is_main_process:  # as `cpu_ram_efficient_loading` does on GPUs
         for parameter in [p for loaded in filter(None, (model, weak_model)) for p in loaded.parameters()]:
             parameter.data.fill_(float("nan"))
-    if engine == "fsdp2":  # which Accelerate does not start on a CPU
+    if engine == "fsdp2" and args.use_cpu:  # which Accelerate does not start on a CPU
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return WMSSTrainer(
         model,
@@ -84,7 +93,8 @@ def check_engine_is_on(trainer: WMSSTrainer, engine: str, lora: bool) -> None:
     name = engine.removesuffix("_offload")
     assert engine_name(accelerator) == ("replicated" if engine in ("one", "ddp") else name)
     wrapper = WRAPPERS[name].replace("Qwen3ForCausalLM", "PeftModel") if lora else WRAPPERS[name]
-    assert type(trainer.model_wrapped).__name__ == wrapper
+    wrapped = trainer.model_wrapped
+    assert type(getattr(wrapped, "_orig_mod", wrapped)).__name__ == wrapper
     assert is_sharded(model) == (name in ("fsdp2", "zero3"))
     weak = getattr(trainer.weak_reference, "model", model)  # there is none where only M0's entropies are needed
     assert is_sharded(weak) == is_sharded(model)
