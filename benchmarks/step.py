@@ -34,6 +34,7 @@ from wmss_trl.data.tiny import build_tokenizer
 
 # hidden, intermediate, layers, heads, key-value heads, head size, vocabulary, tied embeddings
 PRESETS = {
+    "tiny": (256, 768, 4, 8, 4, 32, 8192, True),
     "cpu": (512, 1536, 8, 8, 4, 64, 32_768, True),
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151_936, True),
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151_936, True),

@@ -94,6 +94,11 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
 def lm_head_of(model: nn.Module) -> LMHead:
     """The LM head of a causal language model that is not wrapped in an adapter, as this process holds it."""
     lm_head = model.get_output_embeddings()
+    # A frozen one is read past DeepSpeed's attribute access. In the forward of another module that makes ZeRO-3 gather
+    # a parameter for the whole of this and every later forward and backward pass, which only its gradient needs.
+    own = dict(lm_head.named_parameters(recurse=False))
+    if "weight" in own and not any(parameter.requires_grad for parameter in own.values()):
+        return LMHead(own["weight"], own.get("bias"), *logit_transform(model.config))
     return LMHead(lm_head.weight, lm_head.bias, *logit_transform(model.config))
 
 

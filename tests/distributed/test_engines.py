@@ -1,6 +1,7 @@
 """Two real processes under `accelerate launch`, with each engine's recipe, against one at the same global batch."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import sums
 from launcher import launch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from wmss_trl.data.tiny import build_model, build_tokenizer
 
@@ -29,6 +30,16 @@ OTHERS = {
     },
     "curriculum-only": {"mixing_lambda": 1.0},
     "packed": {"packing": True, "max_length": 40, "per_device_train_batch_size": 1},
+    "evaluated": {
+        "sft_epochs": 0,
+        "num_train_epochs": 1,
+        "model": "untied",
+        "weak_model": "model",
+        "evaluate": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 4,
+    },
     # Scored in 5 batches by 2 processes: the last one is for one of them
     "few": {"num_examples": 9, "active_fraction": 1.0, "scoring_batch_size": 2},
 }
@@ -37,9 +48,13 @@ KINDS = dict.fromkeys(ENGINES, MATRIX | OTHERS)
 KINDS["fsdp2"] = KINDS["fsdp2"] | {
     "sparing": {"sparing_load": True},
     "sparing-joint": JOINT | {"sparing_load": True, "own_weak_model": True},
+    "full-logits": {"own_weak_model": True, "full_logits": True},
     "sharded-files": JOINT | {"state_dict_type": "SHARDED_STATE_DICT"},
 }
-KINDS["zero3"] = KINDS["zero3"] | {"split-at-loading": {"model": "MODEL"}}
+KINDS["zero3"] = KINDS["zero3"] | {
+    "split-at-loading": {"model": "model"},
+    "full-logits": {"own_weak_model": True, "full_logits": True},
+}
 KINDS["zero2"] = MATRIX | {name: OTHERS[name] for name in ("joint-lora", "rounds", "cached")}
 CASES = [(engine, kind) for engine in ENGINES for kind in KINDS[engine]]
 # A step of phase 1, and one in the middle of the last epoch
@@ -53,14 +68,15 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     build_model(tokenizer, hidden_size=32, intermediate_size=64, num_layers=2).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    config = AutoConfig.from_pretrained(folder / "model", tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "untied")
+    tokenizer.save_pretrained(folder / "untied")
     return folder
 
 
 def options_of(folder, engine, kind):
     options = {"per_device_train_batch_size": 2} | KINDS[engine][kind]
-    if "model" in options:
-        options["model"] = str(folder / "model")
-    return options
+    return options | {key: str(folder / options[key]) for key in ("model", "weak_model") if key in options}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +85,8 @@ def single_runs(folder):
     kinds = {kind: (options_of(folder, engine, kind)) for engine in ENGINES for kind in KINDS[engine]}
     runs = [
         options
+        | {name: 2 * value for name, value in options.items() if name.endswith("batch_size")}
         | {
-            "per_device_train_batch_size": 2 * options["per_device_train_batch_size"],
             "output_dir": str(folder / "one" / kind),
             "save_strategy": "steps" if kind == "frozen" else "no",
             "save_steps": 1,
@@ -110,6 +126,8 @@ def test_two_processes_equal_one_at_the_same_global_batch(whole_runs, single_run
         np.testing.assert_allclose(ours["loss"], single["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours["mixed_nll"], single["mixed_nll"], rtol=1e-5)
         np.testing.assert_allclose(ours["grad_norm"], single["grad_norm"], rtol=1e-4)
+        # Of other batches, of whose means transformers takes the mean
+        np.testing.assert_allclose(ours["eval_loss"], single["eval_loss"], rtol=1e-3)
         np.testing.assert_array_equal(ours["num_tokens"], single["num_tokens"])
         np.testing.assert_allclose(ours["weak_entropy"], single["weak_entropy"], atol=1e-5)
         np.testing.assert_allclose(ours["strong_entropy"], single["strong_entropy"], atol=1e-5)
@@ -201,6 +219,21 @@ def test_a_checkpoint_tells_what_it_can_be_resumed_with(folder, whole_runs, engi
     whole_runs(engine)
     state = json.loads((folder / engine / "frozen" / "checkpoint-12" / "wmss_state.json").read_text())
     assert state["run"]["engine"] == form
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its Adam for the CPU")
+def test_zero3_with_parameters_and_optimizer_in_host_memory(folder, single_runs):
+    kinds = {"frozen": {}, "joint": JOINT}
+    common = {"per_device_train_batch_size": 2, "output_dir": str(folder / "offload"), "save_strategy": "no"}
+    for kind, ranks in zip(
+        kinds, launch(folder, "zero3_offload", [common | options for options in kinds.values()]), strict=True
+    ):
+        (single,) = single_runs[kind]
+        for ours in ranks:
+            np.testing.assert_allclose(ours["loss"], single["loss"], rtol=1e-5)
+            np.testing.assert_array_equal(ours["indices"], single["indices"])
+            np.testing.assert_allclose(ours["weights"], single["weights"], atol=1e-5)
 
 
 def test_a_weak_branch_that_is_not_synchronised_is_caught(folder, single_runs):

@@ -17,10 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import sums
 
+import wmss_trl.lm_head
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
 from wmss_trl.engines import engine_name
 from wmss_trl.sharding import in_zero3, is_sharded, parameters_at_rest, whole_state
+
+head_problem = wmss_trl.lm_head._head_problem
 
 # What the model is wrapped in: FSDP on a CPU is silently plain DDP, and DDP no wrapper at all, where something is off
 WRAPPERS = {
@@ -40,9 +43,12 @@ def make_trainer(
     weak_model: str | None = None,
     sparing_load: bool = False,
     state_dict_type: str = "FULL_STATE_DICT",
+    evaluate: bool = False,
+    full_logits: bool = False,
     **options,
 ) -> WMSSTrainer:
     os.environ["FSDP_STATE_DICT_TYPE"] = state_dict_type
+    wmss_trl.lm_head._head_problem = (lambda model: "of the test") if full_logits else head_problem
     torch.manual_seed(0)
     examples = sums(options.pop("num_examples", 37))
     tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in sums(37)], vocab_size=300)
@@ -81,6 +87,7 @@ def make_trainer(
         model,
         args,
         train_dataset=Dataset.from_list(examples),
+        eval_dataset=Dataset.from_list(sums(8, seed=1)) if evaluate else None,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if lora else None,
         weak_model=weak_model,
@@ -141,7 +148,7 @@ def run(
         sizes=[value.numel() for value in weights.values()],
         **{
             key: [entry[key] for entry in logs if key in entry]
-            for key in ("loss", "mixed_nll", "num_tokens", "grad_norm")
+            for key in ("loss", "mixed_nll", "num_tokens", "grad_norm", "eval_loss")
         },
         weak_entropy=sampler.weak_entropy,
         strong_entropy=sampler.strong_entropy,
