@@ -338,6 +338,7 @@ def build_trainer(plan: Plan, variant: Variant, folder: Path) -> Trainer:
 
 def run_block(plan: Plan, variant: Variant, folder: Path) -> dict[str, Any]:
     """Train for some steps and give everything back."""
+    before = torch.cuda.memory_allocated() if plan.device == "cuda" else 0  # what an engine may have left behind
     trainer = build_trainer(plan, variant, folder)
     recorder = Recorder(trainer, plan)
     trainer.add_callback(recorder)
@@ -347,7 +348,7 @@ def run_block(plan: Plan, variant: Variant, folder: Path) -> dict[str, Any]:
     if trainer.is_deepspeed_enabled:
         trainer.deepspeed.destroy()
     trainer.accelerator.free_memory()
-    record = recorder.record()
+    record = recorder.record() | {"before": before}
     del trainer, recorder
     gc.collect()
     if plan.device == "cuda":
@@ -469,12 +470,11 @@ def summarise(plan: Plan, name: str, events: list[list[dict[str, Any]]]) -> dict
     seconds = [[max(step) for step in zip(*(e["seconds"] for e in block), strict=True)] for block in blocks]
     setup = plan.setup(VARIANTS[name])
     account = memory(setup)
+    peak = max(event["peak"] - event["before"] for block in blocks for event in block)
     sent = [event["sent"] for block in blocks for event in block if event["sent"] is not None]
     return {
         "seconds": seconds,
-        "measurement": Measurement(
-            [statistics.median(steps) for steps in seconds], max(event["peak"] for block in blocks for event in block)
-        ).as_dict(),
+        "measurement": Measurement([statistics.median(steps) for steps in seconds], peak).as_dict(),
         "sent": max(sent, default=None),
         "sent_estimate": sum(communication(setup).values()),
         "tensors": {
@@ -584,6 +584,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `wait`, which ends the launch
     options = {name: value for name, value in vars(args).items() if name not in ("engines", "json")}
     results: dict[str, dict[str, dict[str, Any]]] = {}
     description = None

@@ -57,6 +57,7 @@ def parallel(**sizes):
             "Remove `optimizer` there and set `optim`, or set `sft_epochs=0`",
         ),
         (fsdp(auto_wrap_policy="NO_WRAP"), {"train_weak": True}, False, "TRANSFORMER_BASED_WRAP"),
+        (fsdp(), {"train_weak": True, "torch_compile": True}, False, "Set it to False"),
         (fsdp(activation_checkpointing=True), {"train_weak": True}, True, "`activation_checkpointing=True`"),
         (fsdp(state_dict_type="SHARDED_STATE_DICT"), {"train_weak": True}, True, "Set it to FULL_STATE_DICT"),
         (

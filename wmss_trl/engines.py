@@ -97,6 +97,11 @@ def check_engine(args: "WMSSConfig", accelerator: Accelerator, has_adapter: bool
                 "`train_weak=True` makes the weak model an FSDP unit, since it is also run alone. Set "
                 "`fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`."
             )
+        if args.torch_compile and not has_adapter:
+            raise ValueError(
+                "`train_weak=True` makes the weak model an FSDP unit inside the strong one, which "
+                "`torch_compile=True` hides. Set it to False."
+            )
         if plugin.activation_checkpointing and has_adapter:
             raise ValueError(
                 "`train_weak=True` recomputes a layer with the adapter that ran it, which "

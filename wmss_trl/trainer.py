@@ -179,6 +179,8 @@ class WMSSTrainer(SFTTrainer):
             self._lambda_schedule = make_lambda_schedule(
                 args.lambda_schedule, args.mixing_lambda, args.final_mixing_lambda
             )
+        self._handed_model = self.model
+        self._activation: DataActivation | None = None
         self.weak_reference: WeakReference | None = None
         self._late_parameters: LateParameters | None = None
         self._refresh: WeakRefresh | None = None
@@ -228,7 +230,6 @@ class WMSSTrainer(SFTTrainer):
                 f"`train_weak=True` under {engine} needs LM heads that can be reached ({because}). Set "
                 "`train_weak=False`, or launch with DDP or ZeRO-2."
             )
-        self._activation: DataActivation | None = None
         if args.curriculum:
             self._activation = DataActivation(
                 args,
@@ -588,6 +589,10 @@ class WMSSTrainer(SFTTrainer):
     ) -> None:
         self._weak_driven = epoch >= self.args.sft_epochs
         sampler = self.curriculum_sampler
+        if self.is_fsdp_enabled:  # with `torch_compile` it is the compiled model that gathers what others need
+            for owner in filter(None, (self._activation, self.weak_reference)):
+                if getattr(owner, "model", None) is self._handed_model:
+                    owner.model = self.model
         if sampler is not None:
             steps_in_epoch, num_update_steps_per_epoch = self._plan.batches(epoch), self._plan.steps(epoch)
             if self._weak_driven:

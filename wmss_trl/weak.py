@@ -161,12 +161,8 @@ class DisabledAdapter(WeakReference):
     def __init__(self, model: "PeftModel"):
         self.model = model
         self.head_problem = None  # it is the strong model's own head
-        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self._frozen = frozen
-        self.fingerprint = fingerprint(frozen)
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return self._frozen
+        # Not kept: FSDP2 replaces the parameters, and these would stay in memory whole
+        self.fingerprint = fingerprint({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:

@@ -101,7 +101,10 @@ def check_engine_is_on(trainer: WMSSTrainer, engine: str, lora: bool) -> None:
     assert engine_name(accelerator) == ("replicated" if engine in ("one", "ddp") else name)
     wrapper = WRAPPERS[name].replace("Qwen3ForCausalLM", "PeftModel") if lora else WRAPPERS[name]
     wrapped = trainer.model_wrapped
-    assert type(getattr(wrapped, "_orig_mod", wrapped)).__name__ == wrapper
+    if trainer.args.torch_compile and name == "fsdp2":
+        assert type(wrapped).__name__ == "FSDPOptimizedModule"
+    else:
+        assert type(getattr(wrapped, "_orig_mod", wrapped)).__name__ == wrapper
     assert is_sharded(model) == (name in ("fsdp2", "zero3"))
     weak = getattr(trainer.weak_reference, "model", model)  # there is none where only M0's entropies are needed
     assert is_sharded(weak) == is_sharded(model)

@@ -47,6 +47,8 @@ OTHERS = {
 KINDS = dict.fromkeys(ENGINES, MATRIX | OTHERS)
 KINDS["fsdp2"] = KINDS["fsdp2"] | {
     "sparing": {"sparing_load": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "compiled-lora": MATRIX["lora"] | {"torch_compile": True, "torch_compile_backend": "eager"},
     "sparing-joint": JOINT | {"sparing_load": True, "own_weak_model": True},
     "full-logits": {"own_weak_model": True, "full_logits": True},
     "sharded-files": JOINT | {"state_dict_type": "SHARDED_STATE_DICT"},
