@@ -143,6 +143,7 @@ def run(
     parameters = parameters_at_rest(trainer.model) | (
         {f"weak_branch.{name}": value for name, value in branch.named_parameters()} if unsynchronised else {}
     )
+    parameters = {name.removeprefix("_orig_mod."): value for name, value in parameters.items()}
     weights = whole_state(dict(sorted(parameters.items())))
     np.savez(
         f"{result}.{trainer.accelerator.process_index}.npz",
