@@ -543,8 +543,9 @@ def test_bad_commands(options, message):
         main(["estimate", "--model", "qwen3-0.6b", *options])
 
 
-def test_tables_of_the_documentation(capsys):
-    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+@pytest.mark.parametrize("page", ["scaling.md", "multi_gpu.md"])
+def test_tables_of_the_documentation(capsys, page):
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
     examples = re.findall(r"```bash\nwmss-trl (estimate .*)\n```\n\n((?:\|.*\n)+)", text)
     assert len(examples) == text.count("```bash") > 0
     for command, table in examples:

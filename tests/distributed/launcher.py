@@ -12,13 +12,13 @@ WORKER = Path(__file__).with_name("worker.py")
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
-def launch(folder, engine, runs, processes=2, mixed_precision="no", environment=()):
+def launch(folder, engine, runs, processes=2, mixed_precision="no", environment=(), recipe=None):
     """Launch the worker for one run after the other and return the results of the ranks of each."""
     result = folder / f"result{len(list(folder.glob('result*')))}"
     result.touch()
     launcher = [sys.executable]
     if engine != "one":
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{engine}.yaml")]
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{recipe or engine}.yaml")]
         launcher += ["--num_processes", str(processes), "--mixed_precision", mixed_precision]
         launcher += ["--main_process_port", "0"]
     runs = [{"engine": engine, "dataloader_drop_last": True, "plot_curriculum": False} | run for run in runs]
