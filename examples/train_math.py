@@ -20,9 +20,9 @@ LoRA, where the weak model is the base with the adapter switched off:
         --model_name_or_path Qwen/Qwen3-0.6B-Base --dataset_name openai/gsm8k --dataset_config main \
         --use_peft --lora_r 32 --num_train_epochs 2 --learning_rate 2e-4 --output_dir Qwen3-0.6B-WMSS-LoRA
 
-Several GPUs:
+Several GPUs (`ddp.yaml`, `fsdp2.yaml`, `zero2.yaml`, `zero3.yaml`):
 
-    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 examples/train_math.py ...
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 8 examples/train_math.py ...
 
 Two processes on the CPU:
 
@@ -41,6 +41,7 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from wmss_trl import WMSSConfig, WMSSTrainer
@@ -52,6 +53,7 @@ from wmss_trl.data.math import load_math_dataset, prompts_and_answers, to_prompt
 from wmss_trl.data.tiny import build_model, build_tokenizer
 from wmss_trl.evaluation.generation import greedy_generate
 from wmss_trl.evaluation.math_answers import accuracy, extract_answer, is_correct
+from wmss_trl.sharding import is_sharded
 
 EMBEDDED_DEFAULT = Path(__file__).parents[1] / "recipes" / "tiny" / "arithmetic.yaml"
 
@@ -143,6 +145,9 @@ def train_model(script: ScriptArguments, args: WMSSConfig, model_args: ModelConf
     trainer.save_model()
     if test is not None and trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
+        if is_sharded(model):  # generation on one process needs a whole one
+            unset_hf_deepspeed_config()  # or it would be split again
+            model = AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=model_args.dtype).to(args.device)
         mean, error = accuracy(solve(script, args, model, trainer.processing_class, test))
         print(f"Greedy exact match on {len(test)} held-out problems: {100 * mean:.1f} ± {100 * error:.1f} %")
     if args.push_to_hub:

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import sums
-from launcher import launch
+from launcher import RECIPES, launch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -236,6 +239,35 @@ def test_zero3_with_parameters_and_optimizer_in_host_memory(folder, single_runs)
             np.testing.assert_allclose(ours["loss"], single["loss"], rtol=1e-5)
             np.testing.assert_array_equal(ours["indices"], single["indices"])
             np.testing.assert_allclose(ours["weights"], single["weights"], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its communication for the CPU")
+def test_the_example_runs_under_zero3_and_evaluates_the_model_that_it_saved(folder):
+    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in sums(80)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "model_name_or_path": folder / "model",
+        "dataset_path": folder / "problems.jsonl",
+        "num_test": 4,
+        "max_new_tokens": 4,
+        "use_cpu": True,
+        "bf16": False,
+        "num_train_epochs": 2,
+        "output_dir": folder / "example",
+        "report_to": "none",
+    }
+    script = Path(__file__).parents[2] / "examples" / "train_math.py"
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    recipe = ["--config_file", str(RECIPES / "zero3.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
+    process = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *recipe, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "Greedy exact match on 4 held-out problems" in process.stdout, process.stderr[-3000:]
+    AutoModelForCausalLM.from_pretrained(folder / "example")
 
 
 def test_a_weak_branch_that_is_not_synchronised_is_caught(folder, single_runs):
