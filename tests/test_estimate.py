@@ -315,7 +315,7 @@ ZERO3 = GATHER | {"engine_buffers": 800 * 2 + 400 * 2 + 1_000_000_000}
         ({"engine": "zero2"}, ((2000, 500, 3000, 0), {"lm_head_gather": 0, "engine_buffers": 1_000_000_800})),
         ({"engine": "zero2", "bf16": False}, ((4000, 1000, 3000, 0), {})),
         ({"engine": "zero3"}, ((500, 500, 3000, 0), ZERO3)),
-        ({"engine": "zero3", "bf16": False}, ((1000, 1000, 2000, 0), {})),
+        ({"engine": "zero3", "bf16": False}, ((1000, 1000, 3000, 0), {})),
         ({"engine": "zero3_offload"}, ((0, 0, 0, 0), ZERO3 | {"host": 500 + 500 + 3000 + 1000})),
         ({"engine": "ddp", "weak": "model"}, ((2000, 2000, 4000, 2000), {})),
         ({"engine": "fsdp2", "weak": "model"}, ((1000, 1000, 2000, 500), {"lm_head_gather": 800})),

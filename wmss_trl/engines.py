@@ -12,8 +12,6 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import TrainerCallback
 
-from .sharding import local_part
-
 if TYPE_CHECKING:
     from .config import WMSSConfig
 
@@ -139,6 +137,16 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers
 
 
+def add_unit(strong: nn.Module, branch: nn.Module, accelerator: Accelerator) -> None:
+    """Let FSDP2 make units of a branch of the strong model and of its layers: it can be run without the strong one."""
+    classes = {*branch._no_split_modules, type(branch).__name__}
+    strong._no_split_modules = {*strong._no_split_modules, *classes}
+    if engine_name(accelerator) == "fsdp2":
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is not None:
+            plugin.transformer_cls_names_to_wrap = [*{*plugin.transformer_cls_names_to_wrap, *classes}]
+
+
 class LateParameters(TrainerCallback):
     """
     Callback for parameters that an optimizer is given long before they are trained.
@@ -181,7 +189,16 @@ class LateParameters(TrainerCallback):
         """Train the parameters in the steps to come, the `first` of which begins with fresh states."""
         for index, weight_decay in self.weight_decays.items():
             optimizer.param_groups[index]["weight_decay"] = weight_decay
-        for state in optimizer.state.values() if first else ():
-            moments = [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim > 0]
-            if not any(local_part(moment).any() for moment in moments):
-                state.clear()
+        for parameter in self._stepped_parameters(optimizer) if first else ():
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:  # the moments are still those of zero gradients
+                state["step"] = 0 * state["step"]
+
+    def _stepped_parameters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        """The parameters as the optimizer knows them. Private to DeepSpeed, checked with 0.19: ZeRO-3 keeps its flat
+        parts of a group outside of the groups."""
+        zero3 = getattr(optimizer, "optimizer", None)
+        if hasattr(zero3, "fp32_partitioned_groups_flat"):
+            parts = enumerate(zero3.fp32_partitioned_groups_flat)
+            return [part for number, part in parts if zero3.sub_group_to_group_id[number] in self.weight_decays]
+        return [parameter for index in self.weight_decays for parameter in optimizer.param_groups[index]["params"]]

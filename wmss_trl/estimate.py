@@ -248,7 +248,7 @@ class Memory:
     Args:
         weights, gradients, optimizer (`int`):
             Of what is trained, and of the frozen base of an adapter; `weights` without the weak model's. `optimizer`
-            holds the two moments of AdamW and, with DeepSpeed in bf16, the float32 copy of the weights.
+            holds the two moments of AdamW and, with DeepSpeed, its float32 copy of the weights.
         weak_model (`int`):
             Weights of the weak model.
         lm_head_gather (`int`):
@@ -321,7 +321,7 @@ def memory(setup: Setup) -> Memory:
         return -(-size // setup.gpus) if split else size
 
     optimizer_bytes = 2 * trained_bytes
-    if setup.deepspeed and (setup.bf16 or not setup.sharded):  # ZeRO-3 in float32 has no second copy of the weights
+    if setup.deepspeed:  # a float32 copy of the weights too, even of float32 ones
         optimizer_bytes = 12
     weights = setup.trained * trained_bytes + (0 if full else model.total * frozen_bytes)
     weak_weights = {

@@ -103,18 +103,11 @@ def lm_head_of(model: nn.Module) -> LMHead:
 
 
 @contextmanager
-def whole_lm_head(head: LMHead, device: torch.device | None = None) -> Iterator[LMHead]:
-    """
-    An LM head whose weight may be split over the processes, gathered while the context lasts.
-
-    Args:
-        head ([`LMHead`]):
-            See [`lm_head_of`].
-        device (`torch.device`, *optional*):
-            Where to gather it, if FSDP2 keeps it on another device.
-    """
+def whole_lm_head(head: LMHead) -> Iterator[LMHead]:
+    """An LM head whose weight may be split over the processes, gathered while the context lasts. No module may run
+    meanwhile: under ZeRO-3 an embedding that shares the weight would release it."""
     with gathered([head.weight, head.bias]):
-        yield replace(head, weight=whole(head.weight, device), bias=whole(head.bias, device))
+        yield replace(head, weight=whole(head.weight), bias=whole(head.bias))
 
 
 def add_head_access(model: nn.Module) -> str | None:
@@ -122,8 +115,9 @@ def add_head_access(model: nn.Module) -> str | None:
     Let `model(..., positions=indices, with_lm_head=function)` return `function(hidden_states, lm_head)`, and
     `model(..., positions=indices)` the hidden states alone.
 
-    The function is called inside the forward, where the head's weight is whole under any wrapper of the model. Without
-    `positions` the forward is the one that it was. `model.has_head_access` tells whether this can be relied on.
+    The function is called inside the forward, so it can use the head under any wrapper of the model, within
+    [`whole_lm_head`]. Without `positions` the forward is the one that it was. `model.has_head_access` tells whether
+    this can be relied on.
 
     Args:
         model (`torch.nn.Module`):
@@ -148,8 +142,7 @@ def add_head_access(model: nn.Module) -> str | None:
         outputs = self.base_model(*args, **kwargs | {"use_cache": False})
         value = outputs.last_hidden_state.flatten(0, 1)[positions]
         if with_lm_head is not None:
-            with whole_lm_head(lm_head_of(self), value.device) as head:
-                value = with_lm_head(value.to(head.weight.device), head)
+            value = with_lm_head(value, lm_head_of(self))
         if not kwargs.get("output_router_logits"):
             return HeadOutput(value=value, aux_loss=None)
         # Every mixture of experts in transformers takes this function over from Mixtral
@@ -184,9 +177,11 @@ def _head_problem(model: nn.Module) -> str | None:
     dtypes = set()
 
     def logits(hidden: Tensor, head: LMHead) -> Tensor:
-        dtypes.add(matmul_dtype(hidden))
-        out = torch.empty(len(hidden), len(head.weight), dtype=torch.float32, device=hidden.device)
-        return transform_logits_(project(out, hidden, head.weight, head.bias), head.scale, head.softcap)
+        with whole_lm_head(head) as head:
+            hidden = hidden.to(head.weight.device)
+            dtypes.add(matmul_dtype(hidden))
+            out = torch.empty(len(hidden), len(head.weight), dtype=torch.float32, device=hidden.device)
+            return transform_logits_(project(out, hidden, head.weight, head.bias), head.scale, head.softcap)
 
     with evaluating(model), runnable(model):
         expected = model(**inputs, use_cache=False).logits[0].float()

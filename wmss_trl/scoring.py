@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .curriculum import check_finite
-from .lm_head import LMHead, evaluating, unwrap_adapter
+from .lm_head import LMHead, evaluating, unwrap_adapter, whole_lm_head
 from .losses import linear_entropy, next_token_targets, token_entropy
 
 DataCollator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -282,8 +282,10 @@ def _batch_entropy(
         def entropy(hidden: Tensor, head: LMHead) -> None:  # returns none, since FSDP2 rounds what a forward returns
             if keep_hidden is not None:
                 keep_hidden(hidden)
-            values = linear_entropy(hidden, head.weight, head.bias, head.scale, head.softcap, buffer_bytes)
-            per_token[positions] = values.float()
+            with whole_lm_head(head) as head:
+                hidden = hidden.to(head.weight.device)
+                values = linear_entropy(hidden, head.weight, head.bias, head.scale, head.softcap, buffer_bytes)
+            per_token[positions] = values.float().to(device)
 
         model(**batch, positions=positions, with_lm_head=entropy)
     else:

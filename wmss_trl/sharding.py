@@ -1,6 +1,6 @@
 """Parameters that FSDP2 or ZeRO-3 keep split over the processes: as whole tensors, and as this process's part."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -85,20 +85,12 @@ def runnable(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def whole(tensor: OptionalTensor, device: torch.device | None = None) -> OptionalTensor:
-    """A tensor that FSDP2 may have split, gathered on `device`. All processes must call it together."""
+def whole(tensor: OptionalTensor) -> OptionalTensor:
+    """A tensor that FSDP2 may have split (and may keep in CPU memory), gathered on the device where it computes. All
+    processes must call it together."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return (tensor if device is None else tensor.to(device)).full_tensor()
-
-
-def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors as they are when whole, on the CPU. All processes must call it together."""
-    copies = {}
-    for name, tensor in state.items():
-        with gathered([tensor]), torch.no_grad():
-            copies[name] = whole(tensor.detach()).to("cpu", copy=True)
-    return copies
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
 from .engines import LateParameters, check_engine, checkpoint_form, engine_name, whole_state_dict
 from .epochs import EpochPlan
-from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter
+from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter, whole_lm_head
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
 from .ranking import AUTO, markdown_ranking, rank_checkpoints
 from .refresh import WeakRefresh
@@ -388,25 +388,28 @@ class WMSSTrainer(SFTTrainer):
         def fused_loss(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
             def mix(weak_hidden: torch.Tensor, weak_head: LMHead) -> torch.Tensor:
                 nonlocal mixed
-                mixed = linear_mixed_cross_entropy(
-                    hidden,
-                    head.weight,
-                    weak_hidden,
-                    weak_head.weight,
-                    targets[positions],
-                    mixing_lambda,
-                    head.bias,
-                    weak_head.bias,
-                    num_items=num_items,
-                    ignore_index=None,
-                    anchor_weight=self.args.anchor_weight,
-                    strong_scale=head.scale,
-                    weak_scale=weak_head.scale,
-                    strong_softcap=head.softcap,
-                    weak_softcap=weak_head.softcap,
-                    buffer_bytes=self.args.logits_buffer_mb * 2**20,
-                    logit_statistics=logit_statistics,
-                )
+                with whole_lm_head(head) as strong, whole_lm_head(weak_head) as weak:
+                    if not self.weak_reference.trained:
+                        weak = weak.detach()
+                    mixed = linear_mixed_cross_entropy(
+                        hidden.to(strong.weight.device),
+                        strong.weight,
+                        weak_hidden.to(weak.weight.device),
+                        weak.weight,
+                        targets[positions],
+                        mixing_lambda,
+                        strong.bias,
+                        weak.bias,
+                        num_items=num_items,
+                        ignore_index=None,
+                        anchor_weight=self.args.anchor_weight,
+                        strong_scale=strong.scale,
+                        weak_scale=weak.scale,
+                        strong_softcap=strong.softcap,
+                        weak_softcap=weak.softcap,
+                        buffer_bytes=self.args.logits_buffer_mb * 2**20,
+                        logit_statistics=logit_statistics,
+                    )
                 return mixed.loss
 
             return weak_states(mix)

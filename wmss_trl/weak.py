@@ -25,8 +25,8 @@ from .adapters import (
     recomputing_with,
     sibling,
 )
-from .engines import engine_name, prepare_frozen
-from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter, whole_lm_head
+from .engines import add_unit, engine_name, prepare_frozen
+from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter
 from .sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole, whole_shape
 
 if TYPE_CHECKING:
@@ -100,17 +100,13 @@ class WeakReference:
 
         Returns:
             `Callable`: to be called with a function inside the strong model's forward. Returns what that returns for
-            the weak hidden states and the weak LM head, which is whole meanwhile.
+            the weak hidden states and the weak LM head.
         """
         if hidden is None:  # now, so that its memory is free again in the strong model's forward
             with self.activated() as model:
                 hidden = model(**inputs, positions=positions)["value"]
 
-        def call(function: Callable[[Tensor, LMHead], T]) -> T:
-            with whole_lm_head(self.lm_head(), hidden.device) as head:
-                return function(hidden.to(head.weight.device), head.detach())
-
-        return call
+        return lambda function: function(hidden, self.lm_head())
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
         """The weak logits of a training step, of shape `(B, L, V)`, for a model whose LM head cannot be reached."""
@@ -230,8 +226,6 @@ class TrainedModel(WeakReference):
         self.head_problem = head_problem
         self.fingerprint = fingerprint(dict(model.named_parameters()))
         strong.add_module("weak_branch", model)
-        # FSDP2 makes a unit of each of these: the branch can be scored without the strong model
-        strong._no_split_modules = {*strong._no_split_modules, *model._no_split_modules, type(model).__name__}
         save_pretrained, tie_weights = strong.save_pretrained, strong.tie_weights
 
         def save_strong(*args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
@@ -308,9 +302,7 @@ class TrainedAdapter(NamedAdapter):
             with active_adapter(self.model, self.name), recomputing_with(self.model, self.name):
                 outputs = backbone(**inputs | {"use_cache": False})
                 head = lm_head_of(unwrap_adapter(self.model))
-            hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
-            with whole_lm_head(head, hidden.device) as head:
-                return function(hidden.to(head.weight.device), head)
+            return function(outputs.last_hidden_state.flatten(0, 1)[positions], head)
 
         return call
 
@@ -426,6 +418,7 @@ def make_weak_reference(
         raise ValueError("`train_weak=True` cannot train a quantised `weak_model`. Load it without quantisation.")
     if engine_name(accelerator) == "replicated":
         weak_model = accelerator.prepare_model(weak_model, evaluation_mode=True)
+    add_unit(strong, weak_model, accelerator)
     return TrainedModel(weak_model, strong, head_problem)
 
 

@@ -21,7 +21,7 @@ import wmss_trl.lm_head
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
 from wmss_trl.engines import engine_name
-from wmss_trl.sharding import in_zero3, is_sharded, parameters_at_rest, whole_state
+from wmss_trl.sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole
 
 head_problem = wmss_trl.lm_head._head_problem
 
@@ -81,6 +81,13 @@ def make_trainer(
     if sparing_load and not PartialState().is_main_process:  # as `cpu_ram_efficient_loading` does on GPUs
         for parameter in [p for loaded in filter(None, (model, weak_model)) for p in loaded.parameters()]:
             parameter.data.fill_(float("nan"))
+    if engine.startswith("zero3"):  # which keeps a model as small as this whole otherwise
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 1,
+            "stage3_max_reuse_distance": 1,
+            "stage3_prefetch_bucket_size": 0,
+        }
     if engine == "fsdp2" and args.use_cpu:  # which Accelerate does not start on a CPU
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return WMSSTrainer(
@@ -144,7 +151,10 @@ def run(
         {f"weak_branch.{name}": value for name, value in branch.named_parameters()} if unsynchronised else {}
     )
     parameters = {name.removeprefix("_orig_mod."): value for name, value in parameters.items()}
-    weights = whole_state(dict(sorted(parameters.items())))
+    weights = {}
+    for name, parameter in sorted(parameters.items()):
+        with gathered([parameter]):
+            weights[name] = whole(parameter.detach()).clone()
     np.savez(
         f"{result}.{trainer.accelerator.process_index}.npz",
         weights=torch.cat([value.float().flatten() for value in weights.values()]).numpy(),
