@@ -285,7 +285,7 @@ def _batch_entropy(
             with whole_lm_head(head) as head:
                 hidden = hidden.to(head.weight.device)
                 values = linear_entropy(hidden, head.weight, head.bias, head.scale, head.softcap, buffer_bytes)
-            per_token[positions] = values.float().to(device)
+            per_token[positions] = values.float().to(per_token.device)
 
         model(**batch, positions=positions, with_lm_head=entropy)
     else:

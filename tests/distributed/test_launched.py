@@ -89,7 +89,7 @@ def single_runs(folder):
     """Each kind of run on one process, at the global batch of two."""
     kinds = {kind: (options_of(folder, engine, kind)) for engine in ENGINES for kind in KINDS[engine]}
     runs = [
-        options
+        {name: value for name, value in options.items() if not name.startswith("torch_compile")}
         | {name: 2 * value for name, value in options.items() if name.endswith("batch_size")}
         | {
             "output_dir": str(folder / "one" / kind),
@@ -108,6 +108,7 @@ def whole_runs(folder):
 
     def whole_runs_of(engine):
         if engine not in results:
+            results[engine] = None  # a launch that has failed is not tried again for each test
             runs = [
                 options_of(folder, engine, kind)
                 | {
@@ -119,6 +120,8 @@ def whole_runs(folder):
                 for kind in KINDS[engine]
             ]
             results[engine] = dict(zip(KINDS[engine], launch(folder, engine, runs), strict=True))
+        if results[engine] is None:
+            pytest.fail(f"the launch with {engine} failed in a test before this one")
         return results[engine]
 
     return whole_runs_of
