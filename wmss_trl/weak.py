@@ -56,6 +56,7 @@ class WeakReference:
 
     trained = False
     owned = False
+    on_strong_base = False
 
     def __init__(
         self, model: PreTrainedModel, accelerator: Accelerator, head_problem: str | None = None, owned: bool = False
@@ -102,6 +103,15 @@ class WeakReference:
             `Callable`: to be called with a function inside the strong model's forward. Returns what that returns for
             the weak hidden states and the weak LM head.
         """
+        if hidden is None and self.on_strong_base and in_zero3(next(self.model.parameters())):
+            # ZeRO-3 expects the modules in the order of the last steps, which a forward of its own would upset
+
+            def call(function: Callable[[Tensor, LMHead], T]) -> T:
+                with self.activated() as model:
+                    hidden = backbone_states(model, inputs, positions)
+                return function(hidden, self.lm_head())
+
+            return call
         if hidden is None:  # now, so that its memory is free again in the strong model's forward
             with self.activated() as model:
                 hidden = model(**inputs, positions=positions)["value"]
@@ -154,6 +164,8 @@ class DisabledAdapter(WeakReference):
             training started from.
     """
 
+    on_strong_base = True
+
     def __init__(self, model: "PeftModel"):
         self.model = model
         self.head_problem = None  # it is the strong model's own head
@@ -176,6 +188,8 @@ class NamedAdapter(WeakReference):
         name (`str`):
             Name of the adapter.
     """
+
+    on_strong_base = True
 
     def __init__(self, model: "PeftModel", name: str):
         self.model = model
@@ -297,12 +311,10 @@ class TrainedAdapter(NamedAdapter):
         self, inputs: dict[str, Any], positions: Tensor, hidden: Tensor | None = None
     ) -> Callable[[Callable[[Tensor, LMHead], T]], T]:
         def call(function: Callable[[Tensor, LMHead], T]) -> T:
-            # The backbone alone, since the wrapped model is in the middle of its forward
-            backbone = unwrap_adapter(self.model).base_model
             with active_adapter(self.model, self.name), recomputing_with(self.model, self.name):
-                outputs = backbone(**inputs | {"use_cache": False})
+                hidden = backbone_states(self.model, inputs, positions)
                 head = lm_head_of(unwrap_adapter(self.model))
-            return function(outputs.last_hidden_state.flatten(0, 1)[positions], head)
+            return function(hidden, head)
 
         return call
 
@@ -420,6 +432,12 @@ def make_weak_reference(
         weak_model = accelerator.prepare_model(weak_model, evaluation_mode=True)
     add_unit(strong, weak_model, accelerator)
     return TrainedModel(weak_model, strong, head_problem)
+
+
+def backbone_states(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    """Hidden states of a model that is in the middle of its forward: its backbone is run again."""
+    outputs = unwrap_adapter(model).base_model(**inputs | {"use_cache": False})
+    return outputs.last_hidden_state.flatten(0, 1)[positions]
 
 
 def keeps_base_weights(peft_config: "PeftConfig") -> bool:
