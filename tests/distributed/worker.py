@@ -154,7 +154,7 @@ def run(
     weights = {}
     for name, parameter in sorted(parameters.items()):
         with gathered([parameter]):
-            weights[name] = whole(parameter.detach()).clone()
+            weights[name] = whole(parameter.detach()).to("cpu", copy=True)
     np.savez(
         f"{result}.{trainer.accelerator.process_index}.npz",
         weights=torch.cat([value.float().flatten() for value in weights.values()]).numpy(),
