@@ -18,17 +18,21 @@ KINDS = {
     "compiled": {"torch_compile": True},
 }
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
-needs_gpus = [
-    pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} CUDA device(s)") for count in (1, 2)
-]
 
 
-def check(folder, engine, processes):
-    runs = [GPU | options | {"output_dir": str(folder / engine / kind)} for kind, options in KINDS.items()]
+def on_gpus(count, mark):
+    lacking = pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} CUDA device(s)")
+    return pytest.param(count, marks=[mark, lacking])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("processes", [on_gpus(1, pytest.mark.gpu), on_gpus(2, pytest.mark.multi_gpu)])
+def test_engine(tmp_path, engine, processes):
+    runs = [GPU | options | {"output_dir": str(tmp_path / engine / kind)} for kind, options in KINDS.items()]
     batch = {"per_device_train_batch_size": 4}
-    singles = launch(folder, "one", [run | batch for run in runs], environment={"CUDA_VISIBLE_DEVICES": "0"})
+    singles = launch(tmp_path, "one", [run | batch for run in runs], environment={"CUDA_VISIBLE_DEVICES": "0"})
     batch = {"per_device_train_batch_size": 4 // processes}
-    results = launch(folder, engine, [run | batch for run in runs], processes, "bf16")
+    results = launch(tmp_path, engine, [run | batch for run in runs], processes, "bf16")
     for kind, ranks, (single,) in zip(KINDS, results, singles, strict=True):
         for ours in ranks:  # bf16 rounds at other places; its draws differ, so only losses of phase 1 are compared
             np.testing.assert_allclose(ours["loss"][:9], single["loss"][:9], rtol=2e-2, err_msg=kind)
@@ -36,17 +40,3 @@ def check(folder, engine, processes):
             assert len(ours["mixed_nll"]) == len(single["mixed_nll"]) > 0
             np.testing.assert_allclose(ours["weak_entropy"], single["weak_entropy"], rtol=1e-2, err_msg=kind)
             np.testing.assert_array_equal(ours["weights"], ranks[0]["weights"], err_msg=kind)
-
-
-@pytest.mark.gpu
-@needs_gpus[0]
-@pytest.mark.parametrize("engine", ENGINES)
-def test_engine_with_one_process(tmp_path, engine):
-    check(tmp_path, engine, 1)
-
-
-@pytest.mark.multi_gpu
-@needs_gpus[1]
-@pytest.mark.parametrize("engine", ENGINES)
-def test_engine_with_two_processes(tmp_path, engine):
-    check(tmp_path, engine, 2)

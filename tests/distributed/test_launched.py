@@ -209,12 +209,14 @@ def test_a_run_stopped_after_any_step_and_resumed_in_a_new_process_ends_bit_for_
             np.testing.assert_array_equal(ours[key], whole[key], err_msg=checkpoint)
 
 
-def test_a_run_of_two_processes_goes_on_on_one(folder, whole_runs):
+@pytest.mark.parametrize(("engine", "resumed_with"), [("ddp", "one"), ("fsdp2", "fsdp2")])
+def test_a_run_of_two_processes_goes_on_on_one(folder, whole_runs, engine, resumed_with):
     """The draw does not depend on the number of processes."""
-    whole = whole_runs("ddp")["frozen"][0]
-    common = {"per_device_train_batch_size": 4, "save_strategy": "no", "output_dir": str(folder / "one" / "fewer")}
-    checkpoints = [str(folder / "ddp" / "frozen" / f"checkpoint-{step}") for step in (3, 12)]
-    for (ours,) in launch(folder, "one", [common | {"resume": checkpoint} for checkpoint in checkpoints]):
+    whole = whole_runs(engine)["frozen"][0]
+    common = {"per_device_train_batch_size": 4, "save_strategy": "no", "output_dir": str(folder / "fewer" / engine)}
+    checkpoints = [str(folder / engine / "frozen" / f"checkpoint-{step}") for step in (3, 12)]
+    runs = [common | {"resume": checkpoint} for checkpoint in checkpoints]
+    for (ours,) in launch(folder, resumed_with, runs, processes=1):
         np.testing.assert_array_equal(ours["indices"], whole["indices"])
         np.testing.assert_allclose(ours["loss"], whole["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours["weights"], whole["weights"], atol=1e-5)
