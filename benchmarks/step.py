@@ -9,8 +9,8 @@ so that a change of the machine's speed meets all of them. Times are medians wit
 ratios within a round. Memory (CUDA only) is the peak that a step allocates beyond what was there before it, gradients
 included; the weak model's parameters come on top.
 
-TRL's DistillationTrainer, the nearest peer with two models, generates in every step and so has no step to compare;
-benchmarks/loss.py measures its loss.
+TRL's DistillationTrainer, the nearest peer with two models, generates the text of every step. Here it is handed random
+tokens in place of that, as many as the others train on, so that only its training step is measured.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from measure import Measurement, environment, markdown_table
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_tokenizer
@@ -67,6 +67,14 @@ class FullLogitSFTTrainer(SFTTrainer):
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100).flatten()
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum") / num_items_in_batch
+
+
+class GivenTextDistillationTrainer(DistillationTrainer):
+    """Distillation of random completions, `max_completion_length` tokens long together with their prompts."""
+
+    def _generate_single_turn(self, prompt_ids, *_, **__):
+        length, vocab_size = self.args.max_completion_length, self.model.config.vocab_size
+        return [torch.randint(3, vocab_size, (length - len(ids),)).tolist() for ids in prompt_ids]
 
 
 class TakeTurns(TrainerCallback):
@@ -133,28 +141,35 @@ def main() -> None:
     steps = args.rounds + 2
     ids = torch.randint(3, vocab_size, (steps * args.batch_size, args.tokens), generator=generator).tolist()
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    prompts = Dataset.from_dict({"prompt": ["a"] * len(ids)})
 
     def model(seed: int) -> Qwen3ForCausalLM:
         return build_qwen3(args.preset, seed, args.tokens)
 
     def make(cls: type[Trainer], config: type[SFTConfig], **options) -> Trainer:
-        weak = {"weak_model": model(1)} if options.get("mixing_lambda", 1.0) < 1 else {}
+        data = {"train_dataset": dataset}
+        if options.get("mixing_lambda", 1.0) < 1:
+            data["weak_model"] = model(1)
+        if issubclass(cls, DistillationTrainer):
+            data = {"train_dataset": prompts, "teacher_model": model(1)}
+            options["max_completion_length"] = args.tokens
+        else:
+            options["max_length"] = None
         full_logits = options.pop("full_logits", False)
         arguments = config(
             output_dir=tempfile.mkdtemp(),
             max_steps=steps,
             per_device_train_batch_size=args.batch_size,
-            max_length=None,
             bf16=args.bf16,
-            use_cpu=args.device == "cpu",
             activation_checkpointing=args.checkpointing,
+            use_cpu=args.device == "cpu",
             logging_steps=1,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             **options,
         )
-        trainer = cls(model(0), arguments, train_dataset=dataset, processing_class=tokenizer, **weak)
+        trainer = cls(model(0), args=arguments, processing_class=tokenizer, **data)
         if full_logits:
             trainer._full_logits = True
         trainer.log = lambda *_, **__: None
@@ -167,6 +182,7 @@ def main() -> None:
         "(b) WMSS, lambda = 1": lambda: make(WMSSTrainer, WMSSConfig, mixing_lambda=1.0, **wmss),
         "(c) WMSS, frozen weak": lambda: make(WMSSTrainer, WMSSConfig, mixing_lambda=0.5, **wmss),
         "(d) WMSS, full logits": lambda: make(WMSSTrainer, WMSSConfig, mixing_lambda=0.5, full_logits=True, **wmss),
+        "(e) TRL's DistillationTrainer": lambda: make(GivenTextDistillationTrainer, DistillationConfig),
     }
     chosen = {
         name: build for name, build in candidates.items() if not args.only or name[1 : name.index(")")] in args.only

@@ -354,7 +354,7 @@ def test_accounts_by_hand(options, expected):
 
 def test_logits_buffer_and_total():
     account = memory(Setup(SIZE, weak="model", tokens=3))
-    assert account.logits_buffer == 3 * 3 * 10 * 4  # three float32 tiles of all logits
+    assert account.logits_buffer == 2 * 3 * 10 * 4  # two float32 tiles of all logits
     assert account.total == sum(asdict(account).values()) - account.host
     large = replace(SIZE, vocab=200_000)
     assert memory(Setup(large, weak="model", logits_buffer_mb=100)).logits_buffer == 100 * 2**20

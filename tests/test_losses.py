@@ -180,6 +180,11 @@ def test_theorem_1_easier_weak_margins_lower_the_target_probability(seed, mixing
 HEAD = {"strong_scale": 0.7, "weak_scale": 1.3, "strong_softcap": 5.0, "weak_softcap": 8.0}
 
 
+def buffer_for(tile_rows, vocab_size=37, dtype=torch.float32):
+    """Bytes that make tiles of `tile_rows` rows: two of them, and two blocks for scratch."""
+    return 2 * (tile_rows + losses._BLOCK_ROWS) * vocab_size * dtype.itemsize
+
+
 def random_heads(num_tokens=13, vocab_size=37, dtype=torch.float32, bias=True, seed=0, scale=1.0):
     """Hidden states and heads of a strong model of width 8 and a weak one of width 5."""
     generator = torch.Generator().manual_seed(seed)
@@ -221,9 +226,13 @@ def full_logit_head_loss(tensors, targets, mixing_lambda, anchor_weight=0.0, dty
 )
 def test_fused_loss_equals_full_logits_in_float64(dtype, loss_tolerance, grad_tolerance, anchor_weight, head):
     tensors, targets = random_heads(dtype=dtype)
-    row = 3 * 37 * dtype.itemsize
     output = linear_mixed_cross_entropy(
-        **tensors, targets=targets, mixing_lambda=0.4, anchor_weight=anchor_weight, buffer_bytes=4 * row, **head
+        **tensors,
+        targets=targets,
+        mixing_lambda=0.4,
+        anchor_weight=anchor_weight,
+        buffer_bytes=buffer_for(4, dtype=dtype),
+        **head,
     )
     expected = full_logit_head_loss(tensors, targets, 0.4, anchor_weight, **head)
     torch.testing.assert_close(output.loss.double(), expected, rtol=loss_tolerance, atol=0)
@@ -243,7 +252,7 @@ def test_fused_gradcheck():
             targets=targets,
             mixing_lambda=0.4,
             anchor_weight=0.3,
-            buffer_bytes=2 * 3 * 7 * 8,
+            buffer_bytes=buffer_for(2, 7, torch.float64),
             **HEAD,
         ).loss
 
@@ -254,17 +263,25 @@ def test_fused_gradcheck():
 @given(
     num_tokens=st.integers(1, 20),
     vocab_size=st.integers(2, 30),
-    tile_rows=st.integers(1, 7),
+    tile_rows=st.integers(1, 12),
+    block_rows=st.integers(1, 5),
     mixing_lambda=st.floats(0.05, 1),
     data=st.data(),
 )
-def test_fused_loss_for_any_shape_tile_and_label_pattern(num_tokens, vocab_size, tile_rows, mixing_lambda, data):
+def test_fused_loss_for_any_shape_tile_and_label_pattern(
+    num_tokens, vocab_size, tile_rows, block_rows, mixing_lambda, data
+):
     tensors, _ = random_heads(num_tokens, vocab_size, torch.float64, bias=False)
     label = st.one_of(st.just(-100), st.integers(0, vocab_size - 1))
     targets = torch.tensor(data.draw(st.lists(label, min_size=num_tokens, max_size=num_tokens)))
-    output = linear_mixed_cross_entropy(
-        **tensors, targets=targets, mixing_lambda=mixing_lambda, buffer_bytes=3 * vocab_size * 8 * tile_rows
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "_BLOCK_ROWS", block_rows)
+        output = linear_mixed_cross_entropy(
+            **tensors,
+            targets=targets,
+            mixing_lambda=mixing_lambda,
+            buffer_bytes=buffer_for(tile_rows, vocab_size, torch.float64),
+        )
     grads = torch.autograd.grad(output.loss, list(tensors.values()))
     if (targets == -100).all():
         assert output.loss == 0
@@ -278,7 +295,7 @@ def test_fused_loss_for_any_shape_tile_and_label_pattern(num_tokens, vocab_size,
 
 def test_fused_statistics_equal_those_of_the_full_logits():
     tensors, targets = random_heads()
-    fused = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.3, buffer_bytes=3 * 37 * 4 * 4)
+    fused = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.3, buffer_bytes=buffer_for(4))
     full = mixed_loss(*(logits_of(tensors, name, dtype=torch.float32) for name in ("strong", "weak")), targets, 0.3)
     for name in ("strong_log_probs", "mixed_log_probs", "strong_entropy", "weak_entropy", "mixed_entropy"):
         torch.testing.assert_close(getattr(fused, name), getattr(full, name), rtol=1e-5, atol=1e-5, msg=name)
@@ -309,7 +326,7 @@ def test_fused_half_precision_is_as_exact_as_full_logits_in_that_precision(dtype
     exact_grads = torch.autograd.grad(exact, list(tensors.values()))
     halves = full_logit_head_loss(tensors, targets, 0.5, dtype=dtype)
     half_grads = torch.autograd.grad(halves, list(tensors.values()))
-    output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, buffer_bytes=3 * 200 * 4 * 9)
+    output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, buffer_bytes=buffer_for(9, 200))
     grads = torch.autograd.grad(output.loss, list(tensors.values()))
     assert output.loss.dtype == torch.float32
     assert abs(output.loss - exact) <= 2 * abs(halves - exact) + 1e-4
@@ -385,14 +402,37 @@ def test_fused_loss_multiplies_with_the_vocabulary_no_more_than_needed(wanted):
     assert output.loss.requires_grad == bool(wanted)
 
 
-def test_fused_loss_holds_no_more_logits_than_its_buffer():
-    num_tokens, vocab_size = 200, 500
+@pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
+@pytest.mark.parametrize("num_tokens", [500, 2000])
+def test_fused_loss_needs_no_more_memory_than_its_buffer(num_tokens, anchor_weight):
+    """Peak beyond inputs and gradients: the buffer and 10 %, however many tokens there are."""
+    vocab_size = 4000
     tensors, targets = random_heads(num_tokens, vocab_size, bias=False)
-    buffer_bytes = 3 * vocab_size * 4 * 16
-    with LargeAllocations(vocab_size * 16 + 1) as allocations:
-        output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, buffer_bytes=buffer_bytes)
+    buffer_bytes = 200 * vocab_size * 4
+
+    def run():
+        output = linear_mixed_cross_entropy(
+            **tensors, targets=targets, mixing_lambda=0.5, anchor_weight=anchor_weight, buffer_bytes=buffer_bytes
+        )
         torch.autograd.grad(output.loss, list(tensors.values()))
-    assert len(allocations.storages) == 1  # the buffer of the three tiles
+
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    current = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    gradients = sum(4 * tensor.numel() for tensor in tensors.values())
+    assert gradients + 0.5 * buffer_bytes < peak <= gradients + 1.1 * buffer_bytes
+
+
+def test_fused_loss_computes_nothing_in_float64():
+    tensors, targets = random_heads()
+    with LargeAllocations(1) as allocations:
+        output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, anchor_weight=0.3)
+        torch.autograd.grad(output.loss, list(tensors.values()))
     assert torch.float64 not in allocations.dtypes
 
 
@@ -408,7 +448,7 @@ def test_fused_loss_needs_not_look_for_targets_that_are_all_valid():
         mixing_lambda=0.4,
         anchor_weight=0.2,
         ignore_index=None,
-        buffer_bytes=3 * 37 * 4 * 4,
+        buffer_bytes=buffer_for(4),
     )
     torch.testing.assert_close(output.loss, expected.loss)
     for grad, expected_grad in zip(

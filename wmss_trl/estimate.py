@@ -370,8 +370,8 @@ def memory(setup: Setup) -> Memory:
 
     if setup.weak == "none":
         logits = 4 * min(setup.tokens, _TRL_TILE[0]) * min(model.vocab, _TRL_TILE[1])
-    else:  # three tiles in float32
-        logits = min(setup.logits_buffer_mb * 2**20, 12 * setup.tokens * model.vocab)
+    else:  # a tile of either model's logits in float32
+        logits = min(setup.logits_buffer_mb * 2**20, 8 * setup.tokens * model.vocab)
     return Memory(
         **owned,
         lm_head_gather=gather,

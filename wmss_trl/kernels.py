@@ -13,6 +13,15 @@ from torch import Tensor
 from .losses import FusedOptions
 
 _BLOCK_SIZE = 1024
+# Neighbouring logits that one lane of the statistics reads at a time: 16 bytes of them in 16 bits
+_LANE_WIDTH = 8
+# Stands for a logit beyond the vocabulary: its exponential is 0, and finite, it makes no NaN of 0 times itself
+_NO_LOGIT = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(1.4426950408889634 * x)
 
 
 @triton.jit
@@ -24,23 +33,38 @@ def _transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _fold(z, mask, running_max, sum_exp, sum_exp_z):
-    """Fold a block of logits into the running maximum, `sum exp(z - max)` and `sum exp(z - max) z`."""
-    new_max = tl.maximum(running_max, tl.max(tl.where(mask, z, -float("inf")), axis=0))
-    rescale = tl.exp(running_max - new_max)
-    e = tl.where(mask, tl.exp(z - new_max), 0.0)
-    return new_max, sum_exp * rescale + tl.sum(e, axis=0), sum_exp_z * rescale + tl.sum(e * z, axis=0)
+def _fold(z, running_max, sum_exp, sum_exp_z):
+    """Fold a block of logits `(lanes, columns)` into lanes' maxima, `sum exp(z - max)` and `sum exp(z - max) z`."""
+    new_max = tl.maximum(running_max, tl.max(z, axis=1))
+    rescale = _exp(running_max - new_max)
+    e = _exp(z - new_max[:, None])
+    return new_max, sum_exp * rescale + tl.sum(e, axis=1), sum_exp_z * rescale + tl.sum(e * z, axis=1)
+
+
+@triton.jit
+def _combine(lane_max, sum_exp, sum_exp_z):
+    """Maximum, log-normaliser and entropy of a row from what its lanes have seen."""
+    row_max = tl.max(lane_max, axis=0)
+    weight = _exp(lane_max - row_max)
+    row_sum = tl.sum(sum_exp * weight, axis=0)
+    log_z = row_max + tl.log(row_sum)
+    return row_max, log_z, log_z - tl.sum(sum_exp_z * weight, axis=0) / row_sum
+
+
+@triton.jit
+def _sum(x):
+    return tl.sum(tl.sum(x, axis=1), axis=0)
 
 
 @triton.jit
 def _fold_moments(z, mask, count, mean, squares):
     """Fold a block of logits into their mean and sum of squared deviations (Chan et al., 1979)."""
-    block_count = tl.sum(mask.to(tl.float32), axis=0)
-    block_mean = tl.sum(tl.where(mask, z, 0.0), axis=0) / block_count
+    block_count = _sum(mask.to(tl.float32))
+    block_mean = _sum(tl.where(mask, z, 0.0)) / block_count
     deviation = tl.where(mask, z - block_mean, 0.0)
     delta = block_mean - mean
     share = block_count / (count + block_count)
-    return mean + delta * share, squares + tl.sum(deviation * deviation, axis=0) + delta * delta * count * share
+    return mean + delta * share, squares + _sum(deviation * deviation) + delta * delta * count * share
 
 
 @triton.jit
@@ -71,51 +95,63 @@ def _statistics_kernel(
     WEAK_HAS_SOFTCAP: tl.constexpr,
     HAS_MOMENTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    LANE_WIDTH: tl.constexpr,
 ):
-    # One program per token
+    # One program per token. Each lane keeps statistics of its own columns, which meet once, after the last block:
+    # reductions over a whole block would take most of the time
+    NUM_LANES: tl.constexpr = BLOCK_SIZE // LANE_WIDTH
     row = tl.program_id(0).to(tl.int64)
     strong_row, weak_row = strong_ptr + row * stride, weak_ptr + row * stride
     target = tl.load(targets_ptr + row)
-    s_max, w_max, m_max = -float("inf"), -float("inf"), -float("inf")
-    s_sum, w_sum, m_sum = 0.0, 0.0, 0.0
-    s_sum_z, w_sum_z, m_sum_z = 0.0, 0.0, 0.0
+    s_max = tl.full((NUM_LANES,), -float("inf"), tl.float32)
+    w_max, m_max, max_before_target = s_max, s_max, s_max
+    s_sum = tl.zeros((NUM_LANES,), tl.float32)
+    w_sum, m_sum, s_sum_z, w_sum_z, m_sum_z = s_sum, s_sum, s_sum, s_sum, s_sum
     s_mean, w_mean, s_squares, w_squares = 0.0, 0.0, 0.0, 0.0
-    max_before_target = -float("inf")
+    columns = tl.arange(0, NUM_LANES)[:, None] * LANE_WIDTH + tl.arange(0, LANE_WIDTH)[None, :]
     for start in range(0, vocab_size, BLOCK_SIZE):
-        offsets = start + tl.arange(0, BLOCK_SIZE)
+        offsets = start + columns
         mask = offsets < vocab_size
         z_strong = tl.load(strong_row + offsets, mask=mask, other=0.0).to(tl.float32)
         z_weak = tl.load(weak_row + offsets, mask=mask, other=0.0).to(tl.float32)
         z_strong = _transform(z_strong, strong_scale, strong_softcap, STRONG_HAS_SOFTCAP)
         z_weak = _transform(z_weak, weak_scale, weak_softcap, WEAK_HAS_SOFTCAP)
-        z_mix = z_weak + mixing_lambda * (z_strong - z_weak)
-        s_max, s_sum, s_sum_z = _fold(z_strong, mask, s_max, s_sum, s_sum_z)
-        w_max, w_sum, w_sum_z = _fold(z_weak, mask, w_max, w_sum, w_sum_z)
-        m_max, m_sum, m_sum_z = _fold(z_mix, mask, m_max, m_sum, m_sum_z)
         if HAS_MOMENTS:
             s_mean, s_squares = _fold_moments(z_strong, mask, start, s_mean, s_squares)
             w_mean, w_squares = _fold_moments(z_weak, mask, start, w_mean, w_squares)
-        before = tl.where(offsets < target, z_strong, -float("inf"))
-        max_before_target = tl.maximum(max_before_target, tl.max(before, axis=0))
+        z_strong, z_weak = tl.where(mask, z_strong, _NO_LOGIT), tl.where(mask, z_weak, _NO_LOGIT)
+        z_mix = z_weak + mixing_lambda * (z_strong - z_weak)
+        s_max, s_sum, s_sum_z = _fold(z_strong, s_max, s_sum, s_sum_z)
+        w_max, w_sum, w_sum_z = _fold(z_weak, w_max, w_sum, w_sum_z)
+        m_max, m_sum, m_sum_z = _fold(z_mix, m_max, m_sum, m_sum_z)
+        # Up to the last block that ends before the target; the columns between are looked at below
+        max_before_target = tl.where(start + BLOCK_SIZE <= target, s_max, max_before_target)
 
     s_target = _transform(
         tl.load(strong_row + target).to(tl.float32), strong_scale, strong_softcap, STRONG_HAS_SOFTCAP
     )
     w_target = _transform(tl.load(weak_row + target).to(tl.float32), weak_scale, weak_softcap, WEAK_HAS_SOFTCAP)
     m_target = w_target + mixing_lambda * (s_target - w_target)
-    s_log_z, w_log_z, m_log_z = s_max + tl.log(s_sum), w_max + tl.log(w_sum), m_max + tl.log(m_sum)
+    s_row_max, s_log_z, s_entropy = _combine(s_max, s_sum, s_sum_z)
+    _, _, w_entropy = _combine(w_max, w_sum, w_sum_z)
+    _, m_log_z, m_entropy = _combine(m_max, m_sum, m_sum_z)
     tl.store(strong_log_probs_ptr + row, s_target - s_log_z)
     tl.store(mixed_log_probs_ptr + row, m_target - m_log_z)
-    tl.store(strong_entropy_ptr + row, s_log_z - s_sum_z / s_sum)
-    tl.store(weak_entropy_ptr + row, w_log_z - w_sum_z / w_sum)
-    tl.store(mixed_entropy_ptr + row, m_log_z - m_sum_z / m_sum)
+    tl.store(strong_entropy_ptr + row, s_entropy)
+    tl.store(weak_entropy_ptr + row, w_entropy)
+    tl.store(mixed_entropy_ptr + row, m_entropy)
     if HAS_MOMENTS:
         tl.store(strong_mean_ptr + row, s_mean)
         tl.store(weak_mean_ptr + row, w_mean)
         tl.store(strong_norm_ptr + row, tl.sqrt(s_squares))
         tl.store(weak_norm_ptr + row, tl.sqrt(w_squares))
     # Of equal maxima the first counts, as for `argmax`
-    tl.store(is_top1_ptr + row, (s_target >= s_max) & (s_target > max_before_target))
+    offsets = target // BLOCK_SIZE * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    z_before = tl.load(strong_row + offsets, mask=offsets < target, other=0.0).to(tl.float32)
+    z_before = _transform(z_before, strong_scale, strong_softcap, STRONG_HAS_SOFTCAP)
+    max_in_block = tl.max(tl.where(offsets < target, z_before, -float("inf")), axis=0)
+    max_before = tl.maximum(tl.max(max_before_target, axis=0), max_in_block)
+    tl.store(is_top1_ptr + row, (s_target >= s_row_max) & (s_target > max_before))
     tl.store(strong_log_z_ptr + row, s_log_z)
     tl.store(mixed_log_z_ptr + row, m_log_z)
 
@@ -152,10 +188,10 @@ def _gradient_kernel(
     z_weak = _transform(z_weak, weak_scale, weak_softcap, WEAK_HAS_SOFTCAP)
     z_mix = z_weak + mixing_lambda * (z_strong - z_weak)
     one_hot = (offsets == tl.load(targets_ptr + row)).to(tl.float32)
-    g_mix = (1 - anchor_weight) * (tl.exp(z_mix - tl.load(mixed_log_z_ptr + row)) - one_hot)
+    g_mix = (1 - anchor_weight) * (_exp(z_mix - tl.load(mixed_log_z_ptr + row)) - one_hot)
     g_strong = mixing_lambda * g_mix
     if HAS_ANCHOR:
-        p_strong = tl.exp(z_strong - tl.load(strong_log_z_ptr + row))
+        p_strong = _exp(z_strong - tl.load(strong_log_z_ptr + row))
         g_strong += anchor_weight * (p_strong - one_hot)
     if STRONG_HAS_SOFTCAP:
         g_strong *= 1 - (z_strong / strong_softcap) * (z_strong / strong_softcap)
@@ -171,35 +207,16 @@ def mix_tile(
     z_strong: Tensor,
     z_weak: Tensor,
     targets: Tensor,
+    statistics: Tensor,
+    is_top1: Tensor,
     options: FusedOptions,
     needs_strong: bool,
     needs_weak: bool,
-) -> tuple[Tensor | None, ...]:
-    """
-    Statistics of a tile and the gradients of the summed loss with respect to the products `h W^T + b` in it.
-
-    Args:
-        z_strong, z_weak (`torch.Tensor` of shape `(n, V)`):
-            Products of one tile. Overwritten by their gradients where these are needed.
-        targets (`torch.Tensor` of shape `(n,)`):
-            Target token ids.
-        options ([`~wmss_trl.losses.FusedOptions`]):
-            Options of the loss.
-        needs_strong, needs_weak (`bool`):
-            Which gradients are needed.
-
-    Returns:
-        `tuple[torch.Tensor | None, ...]`: strong and mixed log-probabilities, strong, weak and mixed entropies, with
-        `options.logit_statistics` the means and centered norms of the strong and the weak logits, and whether the
-        target is the strong model's first choice, each of shape `(n,)`; then the two gradients of shape `(n, V)`, or
-        `None`.
-    """
+) -> None:
+    """The counterpart of `losses._mix_tile`, with the same arguments."""
     num_rows, vocab_size = z_strong.shape
-    num_statistics = 9 if options.logit_statistics else 5
-    floats = torch.empty(num_statistics + 2, num_rows, dtype=torch.float32, device=z_strong.device)
-    *statistics, strong_log_z, mixed_log_z = floats
-    moments = statistics[5:] or [strong_log_z] * 4  # unused pointers still need a tensor
-    is_top1 = torch.empty(num_rows, dtype=torch.bool, device=z_strong.device)
+    strong_log_z, mixed_log_z = torch.empty(2, num_rows, dtype=torch.float32, device=z_strong.device)
+    moments = statistics[5:] if options.logit_statistics else [strong_log_z] * 4  # unused pointers still need a tensor
     head = {
         "strong_scale": options.scales[0],
         "weak_scale": options.scales[1],
@@ -222,6 +239,7 @@ def mix_tile(
         vocab_size,
         options.mixing_lambda,
         HAS_MOMENTS=options.logit_statistics,
+        LANE_WIDTH=_LANE_WIDTH,
         **head,
     )
     if needs_strong or needs_weak:
@@ -239,4 +257,3 @@ def mix_tile(
             NEEDS_WEAK=needs_weak,
             **head,
         )
-    return *statistics, is_top1, z_strong if needs_strong else None, z_weak if needs_weak else None

@@ -13,6 +13,7 @@ The label stays the target: the weak model is never imitated, it gives probabili
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 # Size of one float32 tile of logits. The handful of tiles alive at a time is all the memory the functions below need
 # besides the gradient itself.
 _TILE_BYTES = 64 * 2**20
+# Rows that PyTorch takes through all operations on logits at a time: few enough to stay in a CPU's cache in between
+_BLOCK_ROWS = 16
 # It comes with the CUDA builds of PyTorch
 _TRITON_AVAILABLE = find_spec("triton") is not None
 
@@ -294,10 +297,19 @@ class _LinearMixedCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_grad, *_):
         if ctx.grads is None:  # a second backward through a retained graph
             ctx.grads = _linear_mixed_cross_entropy(*ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:6])[2]
-        # Scaled in place and handed over: a copy of the weight's gradient would be the size of the head
-        grads = [None if grad is None else grad.mul_(loss_grad) for grad in ctx.grads]
+        grads = [
+            None if grad is None else _scaled(grad, loss_grad, x.dtype)
+            for grad, x in zip(ctx.grads, ctx.saved_tensors, strict=False)
+        ]
         ctx.grads = None
         return *grads, None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor * grad` in `dtype`, rounded once; in place where it can be: a copy would be as large as the LM head."""
+    if grad.dtype == dtype:
+        return grad.mul_(factor)
+    return torch.mul(grad, factor.to(grad.dtype), out=torch.empty_like(grad, dtype=dtype))
 
 
 @torch.no_grad()
@@ -320,95 +332,152 @@ def _linear_mixed_cross_entropy(
         for i, (x, needed) in enumerate(zip(inputs, needs_grad, strict=True))
     ]
     needs_strong, needs_weak = any(needs_grad[:3]), any(needs_grad[3:])
-    device, dtype = strong_hidden.device, options.dtype
-    compute_dtype, vocab_size = _compute_dtype(strong_hidden), strong_weight.size(0)
-    num_statistics = 9 if options.logit_statistics else 5
-    statistics = torch.zeros(num_statistics, len(targets), dtype=compute_dtype, device=device).unbind()
-    is_top1 = torch.zeros(len(targets), dtype=torch.bool, device=device)
-
-    # Triton works on two tiles of logits in the dtype of the products; PyTorch works in float32, with a third tile for
-    # the probabilities
-    mix_tile, num_tiles, tile_dtype = _mix_tile, 3, compute_dtype
-    if _use_triton(device, dtype):
+    device, dtype, vocab_size = strong_hidden.device, options.dtype, strong_weight.size(0)
+    compute_dtype = _compute_dtype(strong_hidden)
+    # Triton works on tiles in the dtype of the products, PyTorch on float32
+    use_triton = _use_triton(device, dtype)
+    tile_dtype = dtype if use_triton else compute_dtype
+    if use_triton:
         from .kernels import mix_tile
+    else:
+        mix_tile = _mix_tile
+    buffer_rows = options.buffer_bytes // (vocab_size * tile_dtype.itemsize)
 
-        num_tiles, tile_dtype = 2, dtype
-    tile_rows = max(1, options.buffer_bytes // (num_tiles * vocab_size * tile_dtype.itemsize))
-    tiles = _tiles(targets, options.ignore_index, tile_rows)
-    buffers = torch.empty(num_tiles, min(tile_rows, len(targets)), vocab_size, dtype=tile_dtype, device=device)
+    valid_rows = None if options.ignore_index is None else (targets != options.ignore_index).nonzero().squeeze(-1)
+    num_rows = len(targets) if valid_rows is None else len(valid_rows)
+    strong_rows, weak_rows = _tile_rows(num_rows, buffer_rows, needs_weak, use_triton)
+    strong_buffer, weak_buffer = (
+        torch.empty(rows, vocab_size, dtype=tile_dtype, device=device) for rows in (strong_rows, weak_rows)
+    )
+    statistics = torch.empty(9 if options.logit_statistics else 5, num_rows, dtype=compute_dtype, device=device)
+    is_top1 = torch.empty(num_rows, dtype=torch.bool, device=device)
 
     with torch.autocast(device.type, enabled=False):
         strong_weight, weak_weight = strong_weight.to(dtype), weak_weight.to(dtype)
-        for rows in tiles:
-            h_strong, h_weak = strong_hidden[rows].to(dtype), weak_hidden[rows].to(dtype)
-            z_strong, z_weak, *scratch = (buffer[: len(h_strong)] for buffer in buffers)
-            project(z_strong, h_strong, strong_weight, strong_bias)
-            project(z_weak, h_weak, weak_weight, weak_bias)
-            *tile_statistics, top1, g_strong, g_weak = mix_tile(
-                z_strong, z_weak, *scratch, targets[rows], options, needs_strong, needs_weak
-            )
-            is_top1[rows] = top1
-            for statistic, values in zip(statistics, tile_statistics, strict=True):
-                statistic[rows] = values
-            if needs_weak:
-                _accumulate(grads[3:], rows, g_weak, h_weak, weak_weight)
+        for tile in _slices(0, num_rows, strong_rows):
+            rows = tile if valid_rows is None else valid_rows[tile]
+            h_strong = strong_hidden[rows].to(dtype)
+            z_strong = project(strong_buffer[: len(h_strong)], h_strong, strong_weight, strong_bias)
+            for part in _slices(tile.start, tile.stop, weak_rows):
+                rows_of_part = part if valid_rows is None else valid_rows[part]
+                h_weak = weak_hidden[rows_of_part].to(dtype)
+                z_weak = project(weak_buffer[: len(h_weak)], h_weak, weak_weight, weak_bias)
+                mix_tile(
+                    z_strong[part.start - tile.start :][: len(h_weak)],
+                    z_weak,
+                    targets[rows_of_part],
+                    statistics[:, part],
+                    is_top1[part],
+                    options,
+                    needs_strong,
+                    needs_weak,
+                )
+                if needs_weak:
+                    _accumulate(grads[3:], rows_of_part, z_weak, h_weak, weak_weight)
             if needs_strong:
-                _accumulate(grads[:3], rows, g_strong, h_strong, strong_weight)
+                _accumulate(grads[:3], rows, z_strong, h_strong, strong_weight)
 
     strong_log_probs, mixed_log_probs, *_ = statistics
     anchor = options.anchor_weight
     loss = -(anchor * strong_log_probs + (1 - anchor) * mixed_log_probs).sum()
-    grads = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
-    return loss, (*statistics, is_top1), grads
+    if valid_rows is not None:
+        statistics = statistics.new_zeros(len(statistics), len(targets)).index_copy_(1, valid_rows, statistics)
+        is_top1 = is_top1.new_zeros(len(targets)).index_copy_(0, valid_rows, is_top1)
+    return loss, (*statistics.unbind(), is_top1), grads
+
+
+def _tile_rows(num_rows: int, buffer_rows: int, needs_weak: bool, use_triton: bool) -> tuple[int, int]:
+    """How many rows of strong and of weak logits to hold at a time, if the buffer has room for `buffer_rows`."""
+    if not use_triton:
+        largest = max(1, buffer_rows // 2 - _BLOCK_ROWS)  # scratch takes two blocks
+        rows = ceil(num_rows / ceil(num_rows / largest)) if num_rows else 0
+        return rows, rows
+    # Every tile is added to the gradient of the strong weight, which takes a GPU as long to read and write as the
+    # product of some 800 rows takes. So the logits of a frozen weak model pass through a smaller buffer
+    largest = buffer_rows // 2 if needs_weak else buffer_rows * 3 // 4
+    strong_rows = max(1, largest // 128 * 128 or largest)  # matrix products work on blocks of 128 rows
+    weak_rows = max(1, min(strong_rows, buffer_rows - strong_rows))
+    return min(strong_rows, num_rows), min(weak_rows, num_rows)
+
+
+def _slices(start: int, stop: int, length: int) -> Iterator[slice]:
+    return (slice(first, min(first + length, stop)) for first in range(start, stop, length or 1))
 
 
 def _mix_tile(
     z_strong: Tensor,
+    z_weak: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    is_top1: Tensor,
+    options: FusedOptions,
+    needs_strong: bool,
+    needs_weak: bool,
+) -> None:
+    """
+    Statistics of a tile, and the gradients of the summed loss with respect to the products `h W^T + b` in it.
+
+    Args:
+        z_strong, z_weak (`torch.Tensor` of shape `(n, V)`):
+            Products of one tile. Overwritten: by their gradients where these are needed.
+        targets (`torch.Tensor` of shape `(n,)`):
+            Target token ids.
+        statistics (`torch.Tensor` of shape `(5, n)` or `(9, n)`):
+            Receives the strong and mixed log-probabilities, the strong, weak and mixed entropies and, with
+            `options.logit_statistics`, the means and the centered norms of the strong and the weak logits.
+        is_top1 (`torch.Tensor` of shape `(n,)`):
+            Receives whether the target is the strong model's first choice.
+        options ([`FusedOptions`]):
+            Options of the loss.
+        needs_strong, needs_weak (`bool`):
+            Which gradients are needed.
+    """
+    scratch = z_strong.new_empty(2, min(_BLOCK_ROWS, len(targets)), z_strong.size(-1))
+    for block in _slices(0, len(targets), _BLOCK_ROWS):
+        y = targets[block]
+        *values, top1 = _mix_block(
+            z_strong[block], z_weak[block], *scratch[:, : len(y)], y, options, needs_strong, needs_weak
+        )
+        is_top1[block] = top1
+        torch.stack(values, out=statistics[:, block])
+
+
+def _mix_block(
+    z_strong: Tensor,
+    z_weak: Tensor,
     z_mix: Tensor,
     p: Tensor,
     targets: Tensor,
     options: FusedOptions,
     needs_strong: bool,
     needs_weak: bool,
-) -> tuple[Tensor | None, ...]:
-    """
-    Statistics of a tile and the gradients of the summed loss with respect to the products `h W^T + b` in it.
-
-    `z_strong` and `z_mix` come in holding the strong and the weak products; they and `p` are overwritten.
-    """
+) -> tuple[Tensor, ...]:
+    """Statistics of a few rows; `z_strong` and `z_weak` come in holding products and leave holding their gradients."""
     lam, anchor = options.mixing_lambda, options.anchor_weight
     y = targets.unsqueeze(-1)
-    for z, scale, softcap in zip((z_strong, z_mix), options.scales, options.softcaps, strict=True):
+    for z, scale, softcap in zip((z_strong, z_weak), options.scales, options.softcaps, strict=True):
         transform_logits_(z, scale, softcap)
-    logit_statistics = ()
-    if options.logit_statistics:
-        variances, means = zip(*(torch.var_mean(z, -1, correction=0) for z in (z_strong, z_mix)), strict=True)
-        logit_statistics = *means, *((variance * z_mix.size(-1)).sqrt() for variance in variances)
-    _, weak_entropy, _ = _softmax_statistics(z_mix, y, p)
-    strong_log_probs, strong_entropy, top = _softmax_statistics(z_strong, y, p)
-    z_mix.lerp_(z_strong, lam)
-    mixed_log_probs, mixed_entropy, _ = _softmax_statistics(z_mix, y, p)
+    torch.lerp(z_weak, z_strong, lam, out=z_mix)
+    strong_log_probs, strong_entropy = _softmax_statistics(z_strong, y, p)
+    is_top1 = z_strong.argmax(-1) == targets
+    _, weak_entropy = _softmax_statistics(z_weak, y, p)
+    mixed_log_probs, mixed_entropy = _softmax_statistics(z_mix, y, p)
     statistics = strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy
-    statistics = *statistics, *logit_statistics, top == targets
-    if not (needs_strong or needs_weak):
-        return *statistics, None, None
+    if options.logit_statistics:
+        variances, means = zip(*(torch.var_mean(z, -1, correction=0) for z in (z_strong, z_weak)), strict=True)
+        statistics = *statistics, *means, *((variance * z_mix.size(-1)).sqrt() for variance in variances)
 
     minus_one = -torch.ones_like(y, dtype=p.dtype)
-    g_mix = p.scatter_add_(-1, y, minus_one).mul_(1 - anchor)  # (1 - a) (P_mix - e_y)
-    g_weak = None
+    g_mix = p.scatter_add_(-1, y, minus_one)  # P_mix - e_y
     if needs_weak:
-        g_weak = (1 - lam) * g_mix
-        if options.softcaps[1] is not None and lam < 1:
-            z_weak = z_mix.sub(z_strong, alpha=lam).div_(1 - lam)
-            g_weak *= 1 - (z_weak / options.softcaps[1]) ** 2
-        g_weak *= options.scales[1]
-    g_strong = g_mix.mul_(lam)
-    if anchor:
-        p_strong = torch.softmax(z_strong, -1, out=z_mix)
-        g_strong.add_(p_strong.scatter_add_(-1, y, minus_one).mul_(anchor))
-    if options.softcaps[0] is not None:
-        g_strong.mul_(z_strong.div_(options.softcaps[0]).square_().neg_().add_(1))
-    return *statistics, g_strong.mul_(options.scales[0]), g_weak
+        _chain_(z_weak, g_mix, (1 - anchor) * (1 - lam), options.scales[1], options.softcaps[1])
+    if needs_strong and anchor:
+        g_strong = torch.softmax(z_strong, -1, out=z_mix).scatter_add_(-1, y, minus_one)  # P_strong - e_y
+        g_strong.mul_(anchor).add_(g_mix, alpha=(1 - anchor) * lam)
+        _chain_(z_strong, g_strong, 1, options.scales[0], options.softcaps[0])
+    elif needs_strong:
+        _chain_(z_strong, g_mix, lam, options.scales[0], options.softcaps[0])
+    return *statistics, is_top1
 
 
 def project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -427,14 +496,21 @@ def transform_logits_(logits: Tensor, scale: float, softcap: float | None) -> Te
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _softmax_statistics(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the target, entropy and most probable token of each row; the probabilities go into `out`."""
-    maximum, top = logits.max(-1)
+def _chain_(logits: Tensor, logits_grad: Tensor, factor: float, scale: float, softcap: float | None) -> None:
+    """`factor` times the gradient of the product that [`transform_logits_`] made `logits` of, in their place."""
+    if softcap is None:
+        torch.mul(logits_grad, factor * scale, out=logits)
+    else:
+        logits.div_(softcap).square_().neg_().add_(1).mul_(factor * scale).mul_(logits_grad)
+
+
+def _softmax_statistics(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of the target and entropy of each row; the probabilities go into `out`."""
     torch.softmax(logits, -1, out=out)
-    # log sum exp z, exactly: the probability of the maximum is at least 1/V
-    log_normaliser = maximum - out.gather(-1, top.unsqueeze(-1)).squeeze(-1).log()
-    entropy = log_normaliser - torch.einsum("nv,nv->n", out, logits)
-    return logits.gather(-1, targets).squeeze(-1) - log_normaliser, entropy, top
+    # log sum exp z, exactly: the greatest probability is at least 1/V
+    log_normaliser = logits.amax(-1) - out.amax(-1).log()
+    entropy = log_normaliser - torch.linalg.vecdot(out, logits)
+    return logits.gather(-1, targets).squeeze(-1) - log_normaliser, entropy
 
 
 def _accumulate(
@@ -455,14 +531,6 @@ def _accumulate(
         torch.addmm(weight_grad, logits_grad.t(), hidden, out_dtype=weight_grad.dtype, out=weight_grad)
     else:
         weight_grad += logits_grad.t() @ hidden
-
-
-def _tiles(targets: Tensor, ignore_index: int | None, tile_rows: int) -> Iterator[Tensor | slice]:
-    """The rows that count, a tile at a time."""
-    if ignore_index is None:
-        return (slice(start, start + tile_rows) for start in range(0, len(targets), tile_rows))
-    valid_rows = (targets != ignore_index).nonzero().squeeze(-1)
-    return iter(valid_rows.split(tile_rows) if len(valid_rows) else ())
 
 
 def _use_triton(device: torch.device, dtype: torch.dtype) -> bool:
