@@ -28,7 +28,7 @@ def _exp(x):
 def _transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     z = z * scale
     if HAS_SOFTCAP:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # tanh
+        z = softcap * (2 * tl.sigmoid(z * (2 / softcap)) - 1)  # tanh
     return z
 
 
@@ -194,12 +194,12 @@ def _gradient_kernel(
         p_strong = _exp(z_strong - tl.load(strong_log_z_ptr + row))
         g_strong += anchor_weight * (p_strong - one_hot)
     if STRONG_HAS_SOFTCAP:
-        g_strong *= 1 - (z_strong / strong_softcap) * (z_strong / strong_softcap)
+        g_strong *= 1 - z_strong * z_strong * (1 / (strong_softcap * strong_softcap))
     tl.store(strong_ptrs, (g_strong * strong_scale).to(strong_ptr.dtype.element_ty), mask=mask)
     if NEEDS_WEAK:
         g_weak = (1 - mixing_lambda) * g_mix
         if WEAK_HAS_SOFTCAP:
-            g_weak *= 1 - (z_weak / weak_softcap) * (z_weak / weak_softcap)
+            g_weak *= 1 - z_weak * z_weak * (1 / (weak_softcap * weak_softcap))
         tl.store(weak_ptrs, (g_weak * weak_scale).to(weak_ptr.dtype.element_ty), mask=mask)
 
 
