@@ -5,6 +5,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -82,6 +83,9 @@ class WeakReference:
         """Give back the memory of what is not needed when hidden states are read from a cache."""
         if self.owned and not is_sharded(self.model):
             head = self.lm_head()
+            # Tensors of their own: PyTorch may swap what is inside the model's parameters
+            bias = None if head.bias is None else head.bias.detach()
+            head = replace(head, weight=head.weight.detach(), bias=bias)
             self.lm_head = lambda: head
             self.model.to("meta")
 
