@@ -62,31 +62,56 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             run()
-            _synchronize(device)
+            synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: Measurement(seconds[name], peaks[name]) for name in candidates}
 
 
+class PeakMemory:
+    """
+    Context that measures the most memory allocated in it beyond what was there before, in `bytes`. On a CPU it sees
+    what the thread that opened it allocates, and slows it down.
+
+    Args:
+        device (`str`):
+            Where the memory is.
+    """
+
+    def __init__(self, device: str):
+        self.on_gpu = device.startswith("cuda")
+        self.bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            self.profile = torch.profiler.profile(activities=activities, profile_memory=True).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+            return
+        self.profile.__exit__(*error)
+        current = 0
+        for event in sorted(self.profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                current += event.nbytes()
+                self.bytes = max(self.bytes, current)
+
+
 def peak_memory(run: Callable[[], None], device: str) -> int:
     """Peak of the memory that a call allocates, in bytes."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with PeakMemory(device) as peak:
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    current = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak
+    return peak.bytes
 
 
 def markdown_table(results: dict[str, Measurement], baselines: Sequence[str]) -> str:
@@ -114,6 +139,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()

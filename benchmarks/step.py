@@ -3,11 +3,13 @@ Time and memory of a full training step: data, forward, backward, clipping, opti
 
     python benchmarks/step.py                       # CPU: a Qwen3 of 8 layers, hidden 512, vocabulary 32k, float32
     python benchmarks/step.py --preset qwen3-0.6b --batch_size 4 --tokens 1024 --device cuda --bf16 [--checkpointing]
+    python benchmarks/step.py --preset qwen3-4b --batch_size 4 --tokens 1024 --device cuda --bf16 --dtype bfloat16 \
+        --checkpointing --only a c              # few candidates at a time where not all of them fit
 
 Real trainers run `train()` at the same time in one process, each in a thread of its own, and take turns at every step,
 so that a change of the machine's speed meets all of them. Times are medians with quartiles, ratios are medians of the
-ratios within a round. Memory (CUDA only) is the peak that a step allocates beyond what was there before it, gradients
-included; the weak model's parameters come on top.
+ratios within a round. Memory is the peak that a step allocates beyond what was there before it: with gradients, and
+without the parameters of the weak model, which come on top.
 
 TRL's DistillationTrainer, the nearest peer with two models, generates the text of every step. Here it is handed random
 tokens in place of that, as many as the others train on, so that only its training step is measured.
@@ -25,7 +27,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from measure import Measurement, environment, markdown_table
+from measure import Measurement, PeakMemory, environment, markdown_table, synchronize
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
@@ -78,26 +80,25 @@ class GivenTextDistillationTrainer(DistillationTrainer):
 
 
 class TakeTurns(TrainerCallback):
-    """Holds a trainer back before each step until its turn comes, and times the step."""
+    """Holds a trainer back before each step until its turn comes, and times the step; of the second, the memory."""
 
     def __init__(self, device: str):
-        self.device, self.seconds, self.peaks = device, [], []
+        self.device, self.seconds, self.peak = device, [], PeakMemory(device)
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.done.release()
         self.go.acquire()
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
+        if len(self.seconds) == 1:
+            self.peak.__enter__()
+        synchronize(self.device)
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-            self.peaks.append(torch.cuda.max_memory_allocated() - self.before)
+        synchronize(self.device)
         self.seconds.append(time.perf_counter() - self.start)
+        if len(self.seconds) == 2:
+            self.peak.__exit__(None, None, None)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.done.release()
@@ -118,7 +119,7 @@ def take_turns(trainers: dict[str, Trainer], rounds: int, device: str) -> dict[s
             turn.done.acquire()
     for thread in threads:
         thread.join()
-    return {name: Measurement(turn.seconds[2:], max(turn.peaks, default=0)) for name, turn in turns.items()}
+    return {name: Measurement(turn.seconds[2:], turn.peak.bytes) for name, turn in turns.items()}
 
 
 def main() -> None:
@@ -127,7 +128,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256, help="Tokens per example.")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="Autocast to bfloat16.")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="Of the weights.")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", help="Letters of the candidates to run.")
@@ -144,7 +146,7 @@ def main() -> None:
     prompts = Dataset.from_dict({"prompt": ["a"] * len(ids)})
 
     def model(seed: int) -> Qwen3ForCausalLM:
-        return build_qwen3(args.preset, seed, args.tokens)
+        return build_qwen3(args.preset, seed, args.tokens).to(getattr(torch, args.dtype))
 
     def make(cls: type[Trainer], config: type[SFTConfig], **options) -> Trainer:
         data = {"train_dataset": dataset}

@@ -6,13 +6,12 @@ Time and memory of a training step with each kind of weak reference, beside SFT 
     python benchmarks/weak.py --preset qwen3-0.6b --batch_size 4 --tokens 1024 --device cuda --bf16 [--lora]
 
 Real trainers run `train()` at the same time in one process and take turns at every step, see benchmarks/step.py.
-Memory (CUDA only) is the peak that a step allocates beyond what was there before it; "resident" is what a trainer
+Memory is the peak that a step allocates beyond what was there before it; "resident" (CUDA only) is what a trainer
 holds before its first step.
 """
 
 import argparse
 import json
-import resource
 import tempfile
 from pathlib import Path
 
@@ -39,9 +38,6 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--only", default=None, help="Run one candidate, to read the peak memory of a process on a CPU."
-    )
     parser.add_argument("--json", default=None, help="File for the raw figures.")
     args = parser.parse_args()
     datasets.disable_progress_bars()
@@ -95,15 +91,10 @@ def main() -> None:
         "(c) WMSS, cached hidden states": (WMSSTrainer, {"weak_model": not args.lora, "weak_cache": "hidden"}),
         "(c) WMSS, joint": (WMSSTrainer, {"train_weak": True, "weak_model": not args.lora}),
     }
-    if args.only is not None:
-        candidates = {name: value for name, value in candidates.items() if args.only in name}
     trainers = {name: make(name, cls, **options) for name, (cls, options) in candidates.items()}
     results = take_turns(trainers, args.rounds, args.device)
     print(environment(args.device), f"{vars(args)}", sep="\n", end="\n\n")
     print(markdown_table(results, baselines=[name for name in results if name.startswith("(a")]))
-    if args.only is not None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"\nPeak resident memory of the process: {peak:.0f} MB")
     if resident:
         print(f"\nResident before training, MB: {resident}")
     if args.json:

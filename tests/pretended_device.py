@@ -137,7 +137,7 @@ def train(
     for state in (PartialState, AcceleratorState):
         state._shared_state.clear()
     torch.manual_seed(0)
-    tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in sums(37)], vocab_size=300)
+    tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in sums(20)], vocab_size=300)
 
     def model(width: int = 32, seed: int = 0):
         return build_model(tokenizer, hidden_size=width, intermediate_size=64, num_layers=2, seed=seed)
@@ -174,7 +174,7 @@ def train(
         trainer = WMSSTrainer(
             model(),
             args,
-            train_dataset=Dataset.from_list(sums(37)),
+            train_dataset=Dataset.from_list(sums(20)),
             eval_dataset=Dataset.from_list(sums(8, seed=1)),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if lora else None,

@@ -107,7 +107,7 @@ def test_whole_models_on_each_process_are_refused_under_an_engine(
         return WMSSTrainer(make_model(), make_args(), train_dataset=dataset, processing_class=tokenizer, **kwargs)
 
     trainer = make()
-    monkeypatch.setattr("wmss_trl.trainer.engine_name", lambda accelerator: "zero3")
+    monkeypatch.setattr("wmss_trl.checks.engine_name", lambda accelerator: "zero3")
     with pytest.raises(ValueError, match=r"launched with zero3.*ddp\.yaml"):
         trainer.score_table()
     with pytest.raises(ValueError, match=r"launched with zero3.*wmss-trl rank-weak"):

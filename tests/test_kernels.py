@@ -65,7 +65,7 @@ def test_of_equal_logits_the_first_is_on_top(monkeypatch):
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_kernels_compile_for_gpus_that_need_not_be_there(capability, dtype):
     """To machine code that keeps everything in registers and reads all logits in about as many steps as TRL's does."""
-    command = [sys.executable, "benchmarks/kernels.py", "--capability", capability, "--dtype", dtype]
+    command = [sys.executable, "benchmarks/compiled_kernels.py", "--capability", capability, "--dtype", dtype]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).parents[1]
     output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout

@@ -244,3 +244,10 @@ def test_the_need_is_said_before_writing(tmp_path):
 def test_combinations_that_cannot_work_are_refused(make_args, options, message):
     with pytest.raises(ValueError, match=message):
         make_args(**{"weak_cache": "hidden", **options})
+
+
+def test_outputs_in_a_training_step_are_refused(make_trainer):
+    trainer = make_trainer(sft_epochs=0, num_train_epochs=1)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    with pytest.raises(ValueError, match=r"`return_outputs=True` .* `weak_cache='hidden'`"):
+        trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)

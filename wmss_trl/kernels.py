@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .losses import FusedOptions
+from .losses import MixOptions
 
 _BLOCK_SIZE = 1024
 # Neighbouring logits that one lane of the statistics reads at a time: 16 bytes of them in 16 bits
@@ -209,7 +209,7 @@ def mix_tile(
     targets: Tensor,
     statistics: Tensor,
     is_top1: Tensor,
-    options: FusedOptions,
+    options: MixOptions,
     needs_strong: bool,
     needs_weak: bool,
 ) -> None:

@@ -113,73 +113,11 @@ def mixed_loss(
             f"`strong_logits` {tuple(strong_logits.shape)} and `weak_logits` {tuple(weak_logits.shape)} must have the "
             "same shape: both models must share one vocabulary."
         )
-    loss, *statistics = _MixedCrossEntropy.apply(
-        strong_logits, weak_logits, targets, mixing_lambda, anchor_weight, ignore_index
-    )
+    options = MixOptions(mixing_lambda, anchor_weight, ignore_index, torch.is_grad_enabled())
+    loss, *statistics = _GradientInForward.apply(_mix_logits, options, strong_logits, weak_logits, targets)
     mask = targets != ignore_index
     num_items = mask.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
     return MixedLossOutput(loss / num_items.clamp(min=1), *statistics, mask=mask)
-
-
-class _MixedCrossEntropy(torch.autograd.Function):
-    """
-    Sum of the mixed loss over the valid targets, tile by tile over the tokens.
-
-    Besides the logits that the models have built, the gradient is the only `(N, V)` tensor that is ever allocated, and
-    only in the backward, where the softmaxes are computed anew.
-    """
-
-    @staticmethod
-    def forward(ctx, strong_logits, weak_logits, targets, mixing_lambda, anchor_weight, ignore_index):
-        ctx.save_for_backward(strong_logits, weak_logits, targets)
-        ctx.mixing_lambda, ctx.anchor_weight, ctx.ignore_index = mixing_lambda, anchor_weight, ignore_index
-        dtype = _compute_dtype(strong_logits)
-        strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy = (
-            torch.zeros(len(targets), dtype=dtype, device=strong_logits.device) for _ in range(5)
-        )
-        is_top1 = torch.zeros(len(targets), dtype=torch.bool, device=strong_logits.device)
-
-        for rows in _valid_tiles(targets != ignore_index, strong_logits.size(-1)):
-            y = targets[rows].unsqueeze(-1)
-            z_strong, z_weak = strong_logits[rows].to(dtype), weak_logits[rows].to(dtype)
-            z_mix = torch.lerp(z_weak, z_strong, mixing_lambda)
-            is_top1[rows] = z_strong.argmax(-1) == y.squeeze(-1)
-            weak_entropy[rows] = _entropy(z_weak.softmax(-1))
-            for z, log_probs, entropy in (
-                (z_strong, strong_log_probs, strong_entropy),
-                (z_mix, mixed_log_probs, mixed_entropy),
-            ):
-                log_p = z.log_softmax(-1)
-                log_probs[rows] = log_p.gather(-1, y).squeeze(-1)
-                entropy[rows] = _entropy(log_p.exp())
-
-        statistics = strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy, is_top1
-        ctx.mark_non_differentiable(*statistics)
-        loss = -(anchor_weight * strong_log_probs + (1 - anchor_weight) * mixed_log_probs).sum()
-        return loss, *statistics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, loss_grad, *_):
-        strong_logits, weak_logits, targets = ctx.saved_tensors
-        mixing_lambda, anchor_weight = ctx.mixing_lambda, ctx.anchor_weight
-        strong_grad = torch.zeros_like(strong_logits) if ctx.needs_input_grad[0] else None
-        weak_grad = torch.zeros_like(weak_logits) if ctx.needs_input_grad[1] else None
-        dtype = _compute_dtype(strong_logits)
-
-        for rows in _valid_tiles(targets != ctx.ignore_index, strong_logits.size(-1)):
-            y = targets[rows].unsqueeze(-1)
-            z_strong, z_weak = strong_logits[rows].to(dtype), weak_logits[rows].to(dtype)
-            g_mix = _softmax_minus_onehot(torch.lerp(z_weak, z_strong, mixing_lambda), y)
-            g_mix *= (1 - anchor_weight) * loss_grad
-            if weak_grad is not None:
-                weak_grad[rows] = ((1 - mixing_lambda) * g_mix).to(weak_grad.dtype)
-            if strong_grad is not None:
-                g_strong = mixing_lambda * g_mix
-                if anchor_weight:
-                    g_strong += anchor_weight * loss_grad * _softmax_minus_onehot(z_strong, y)
-                strong_grad[rows] = g_strong.to(strong_grad.dtype)
-        return strong_grad, weak_grad, None, None, None, None
 
 
 def linear_mixed_cross_entropy(
@@ -207,7 +145,7 @@ def linear_mixed_cross_entropy(
 
     The gradients are computed in the forward, while a tile's logits are there, and scaled by the upstream gradient in
     the backward: with a frozen weak model 4 matrix products with the vocabulary, as many as TRL's fused SFT head
-    spends. Tiles are float32; products run in the autocast dtype or else in that of the hidden states.
+    spends. Products run in the autocast dtype or else in that of the hidden states; the rest is float32.
 
     Args:
         strong_hidden (`torch.Tensor` of shape `(N, H_s)`), weak_hidden (`torch.Tensor` of shape `(N, H_w)`):
@@ -237,7 +175,7 @@ def linear_mixed_cross_entropy(
         [`MixedLossOutput`]: the loss, a differentiable zero if every target is ignored, and the statistics of each
         position. Whatever requires a gradient gets one; no work is done for the others.
     """
-    options = FusedOptions(
+    options = MixOptions(
         mixing_lambda=mixing_lambda,
         anchor_weight=anchor_weight,
         ignore_index=ignore_index,
@@ -250,7 +188,9 @@ def linear_mixed_cross_entropy(
     )
     mask = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     num_items = mask.sum() if num_items is None else torch.as_tensor(num_items, device=strong_hidden.device)
-    loss, *statistics, is_top1 = _LinearMixedCrossEntropy.apply(
+    loss, *statistics, is_top1 = _GradientInForward.apply(
+        _mix_hidden_states,
+        options,
         strong_hidden,
         strong_weight,
         strong_bias,
@@ -258,7 +198,6 @@ def linear_mixed_cross_entropy(
         weak_weight,
         weak_bias,
         targets,
-        options,
     )
     # Divided here, not in the tiles: in float16 the gradients of a large batch would underflow before a loss scaler's
     # factor reaches them
@@ -267,28 +206,35 @@ def linear_mixed_cross_entropy(
 
 
 @dataclass(frozen=True)
-class FusedOptions:
-    """What a tile of the fused loss depends on besides its tensors; pairs are (strong, weak)."""
+class MixOptions:
+    """What the mixed loss depends on besides its tensors; pairs are (strong, weak)."""
 
     mixing_lambda: float
     anchor_weight: float
     ignore_index: int | None
-    scales: tuple[float, float]
-    softcaps: tuple[float | None, float | None]
-    buffer_bytes: int
-    dtype: torch.dtype
     grad_enabled: bool
-    logit_statistics: bool
+    scales: tuple[float, float] = (1.0, 1.0)
+    softcaps: tuple[float | None, float | None] = (None, None)
+    logit_statistics: bool = False
+    # Of the fused form
+    buffer_bytes: int | None = None
+    dtype: torch.dtype | None = None
 
 
-class _LinearMixedCrossEntropy(torch.autograd.Function):
+class _GradientInForward(torch.autograd.Function):
+    """
+    Applies `compute(*tensors, options, needs_grad)`, which returns the summed loss, the statistics and, for whatever
+    needs one, the gradient at an upstream gradient of 1.
+    """
+
     @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, options = inputs
-        needs_grad = ctx.needs_input_grad[:6] if options.grad_enabled else (False,) * 6
-        loss, statistics, grads = _linear_mixed_cross_entropy(*tensors, options, needs_grad)
+    def forward(ctx, compute, options, *tensors):
+        needs_grad = ctx.needs_input_grad[2:] if options.grad_enabled else (False,) * len(tensors)
+        loss, statistics, grads = compute(*tensors, options, needs_grad)
         ctx.save_for_backward(*tensors)
-        ctx.options, ctx.grads = options, grads
+        ctx.compute, ctx.options, ctx.grads = compute, options, grads
+        # Not looked up in the saved tensors, which an engine that shards weights may have given back by then
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(*statistics)
         return loss, *statistics
 
@@ -296,13 +242,13 @@ class _LinearMixedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad, *_):
         if ctx.grads is None:  # a second backward through a retained graph
-            ctx.grads = _linear_mixed_cross_entropy(*ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:6])[2]
+            ctx.grads = ctx.compute(*ctx.saved_tensors, ctx.options, ctx.needs_input_grad[2:])[2]
         grads = [
-            None if grad is None else _scaled(grad, loss_grad, x.dtype)
-            for grad, x in zip(ctx.grads, ctx.saved_tensors, strict=False)
+            None if grad is None else _scaled(grad, loss_grad, dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = None
-        return *grads, None, None
+        return None, None, *grads
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -313,7 +259,36 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def _linear_mixed_cross_entropy(
+def _mix_logits(
+    strong_logits: Tensor, weak_logits: Tensor, targets: Tensor, options: MixOptions, needs_grad: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None]]:
+    """The loss of full logits, a few rows at a time: the gradients are the only tensors of their size."""
+    dtype, vocab_size = _compute_dtype(strong_logits), strong_logits.size(-1)
+    grads = [
+        torch.zeros_like(logits) if needed else None
+        for logits, needed in zip((strong_logits, weak_logits), needs_grad, strict=False)
+    ]
+    statistics = torch.zeros(5, len(targets), dtype=dtype, device=strong_logits.device)
+    is_top1 = torch.zeros(len(targets), dtype=torch.bool, device=strong_logits.device)
+    block_rows = _BLOCK_ROWS if strong_logits.device.type == "cpu" else max(1, _TILE_BYTES // (4 * vocab_size))
+    for rows in (targets != options.ignore_index).nonzero().squeeze(-1).split(block_rows):
+        z_strong, z_weak = (logits[rows].to(dtype) for logits in (strong_logits, weak_logits))
+        scratch = torch.empty_like(z_strong), torch.empty_like(z_strong)
+        *values, is_top1[rows] = _mix_block(z_strong, z_weak, *scratch, targets[rows], options, *needs_grad[:2])
+        statistics[:, rows] = torch.stack(values)
+        for grad, z in zip(grads, (z_strong, z_weak), strict=True):
+            if grad is not None:
+                grad[rows] = z.to(grad.dtype)
+    return _summed_loss(statistics, options), (*statistics.unbind(), is_top1), [*grads, None]
+
+
+def _summed_loss(statistics: Tensor, options: MixOptions) -> Tensor:
+    strong_log_probs, mixed_log_probs, *_ = statistics
+    return -(options.anchor_weight * strong_log_probs + (1 - options.anchor_weight) * mixed_log_probs).sum()
+
+
+@torch.no_grad()
+def _mix_hidden_states(
     strong_hidden: Tensor,
     strong_weight: Tensor,
     strong_bias: Tensor | None,
@@ -321,17 +296,17 @@ def _linear_mixed_cross_entropy(
     weak_weight: Tensor,
     weak_bias: Tensor | None,
     targets: Tensor,
-    options: FusedOptions,
+    options: MixOptions,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None]]:
-    """Summed loss, statistics and, for whatever needs one, the gradient at an upstream gradient of 1."""
+    """The loss of hidden states and LM heads, a tile of logits at a time."""
     inputs = (strong_hidden, strong_weight, strong_bias, weak_hidden, weak_weight, weak_bias)
     grads = [
         # Several tiles add up in a weight's gradient: in float32, or the rounding of each would accumulate
         torch.zeros_like(x, dtype=_compute_dtype(x) if i % 3 else None) if needed else None
-        for i, (x, needed) in enumerate(zip(inputs, needs_grad, strict=True))
+        for i, (x, needed) in enumerate(zip(inputs, needs_grad, strict=False))
     ]
-    needs_strong, needs_weak = any(needs_grad[:3]), any(needs_grad[3:])
+    needs_strong, needs_weak = any(needs_grad[:3]), any(needs_grad[3:6])
     device, dtype, vocab_size = strong_hidden.device, options.dtype, strong_weight.size(0)
     compute_dtype = _compute_dtype(strong_hidden)
     # Triton works on tiles in the dtype of the products, PyTorch on float32
@@ -352,20 +327,21 @@ def _linear_mixed_cross_entropy(
     statistics = torch.empty(9 if options.logit_statistics else 5, num_rows, dtype=compute_dtype, device=device)
     is_top1 = torch.empty(num_rows, dtype=torch.bool, device=device)
 
+    def rows_of(tile: slice) -> slice | Tensor:
+        return tile if valid_rows is None else valid_rows[tile]
+
     with torch.autocast(device.type, enabled=False):
         strong_weight, weak_weight = strong_weight.to(dtype), weak_weight.to(dtype)
         for tile in _slices(0, num_rows, strong_rows):
-            rows = tile if valid_rows is None else valid_rows[tile]
-            h_strong = strong_hidden[rows].to(dtype)
+            h_strong = strong_hidden[rows_of(tile)].to(dtype)
             z_strong = project(strong_buffer[: len(h_strong)], h_strong, strong_weight, strong_bias)
             for part in _slices(tile.start, tile.stop, weak_rows):
-                rows_of_part = part if valid_rows is None else valid_rows[part]
-                h_weak = weak_hidden[rows_of_part].to(dtype)
+                h_weak = weak_hidden[rows_of(part)].to(dtype)
                 z_weak = project(weak_buffer[: len(h_weak)], h_weak, weak_weight, weak_bias)
                 mix_tile(
-                    z_strong[part.start - tile.start :][: len(h_weak)],
+                    z_strong[part.start - tile.start : part.stop - tile.start],
                     z_weak,
-                    targets[rows_of_part],
+                    targets[rows_of(part)],
                     statistics[:, part],
                     is_top1[part],
                     options,
@@ -373,17 +349,15 @@ def _linear_mixed_cross_entropy(
                     needs_weak,
                 )
                 if needs_weak:
-                    _accumulate(grads[3:], rows_of_part, z_weak, h_weak, weak_weight)
+                    _accumulate(grads[3:], rows_of(part), z_weak, h_weak, weak_weight)
             if needs_strong:
-                _accumulate(grads[:3], rows, z_strong, h_strong, strong_weight)
+                _accumulate(grads[:3], rows_of(tile), z_strong, h_strong, strong_weight)
 
-    strong_log_probs, mixed_log_probs, *_ = statistics
-    anchor = options.anchor_weight
-    loss = -(anchor * strong_log_probs + (1 - anchor) * mixed_log_probs).sum()
+    loss = _summed_loss(statistics, options)
     if valid_rows is not None:
         statistics = statistics.new_zeros(len(statistics), len(targets)).index_copy_(1, valid_rows, statistics)
         is_top1 = is_top1.new_zeros(len(targets)).index_copy_(0, valid_rows, is_top1)
-    return loss, (*statistics.unbind(), is_top1), grads
+    return loss, (*statistics.unbind(), is_top1), [*grads, None]
 
 
 def _tile_rows(num_rows: int, buffer_rows: int, needs_weak: bool, use_triton: bool) -> tuple[int, int]:
@@ -410,7 +384,7 @@ def _mix_tile(
     targets: Tensor,
     statistics: Tensor,
     is_top1: Tensor,
-    options: FusedOptions,
+    options: MixOptions,
     needs_strong: bool,
     needs_weak: bool,
 ) -> None:
@@ -427,7 +401,7 @@ def _mix_tile(
             `options.logit_statistics`, the means and the centered norms of the strong and the weak logits.
         is_top1 (`torch.Tensor` of shape `(n,)`):
             Receives whether the target is the strong model's first choice.
-        options ([`FusedOptions`]):
+        options ([`MixOptions`]):
             Options of the loss.
         needs_strong, needs_weak (`bool`):
             Which gradients are needed.
@@ -448,7 +422,7 @@ def _mix_block(
     z_mix: Tensor,
     p: Tensor,
     targets: Tensor,
-    options: FusedOptions,
+    options: MixOptions,
     needs_strong: bool,
     needs_weak: bool,
 ) -> tuple[Tensor, ...]:
@@ -457,18 +431,20 @@ def _mix_block(
     y = targets.unsqueeze(-1)
     for z, scale, softcap in zip((z_strong, z_weak), options.scales, options.softcaps, strict=True):
         transform_logits_(z, scale, softcap)
-    torch.lerp(z_weak, z_strong, lam, out=z_mix)
-    strong_log_probs, strong_entropy = _softmax_statistics(z_strong, y, p)
     is_top1 = z_strong.argmax(-1) == targets
-    _, weak_entropy = _softmax_statistics(z_weak, y, p)
-    mixed_log_probs, mixed_entropy = _softmax_statistics(z_mix, y, p)
+    strong_entropy, log_normaliser = _softmax_statistics(z_strong, z_mix, p)
+    strong_log_probs = z_mix.gather(-1, y).squeeze(-1) - log_normaliser
+    weak_entropy, _ = _softmax_statistics(z_weak, z_mix, p)
+    torch.lerp(z_weak, z_strong, lam, out=z_mix)
+    mixed_entropy, log_normaliser = _softmax_statistics(z_mix, z_mix, p)
+    mixed_log_probs = z_mix.gather(-1, y).squeeze(-1) - log_normaliser
     statistics = strong_log_probs, mixed_log_probs, strong_entropy, weak_entropy, mixed_entropy
     if options.logit_statistics:
         variances, means = zip(*(torch.var_mean(z, -1, correction=0) for z in (z_strong, z_weak)), strict=True)
         statistics = *statistics, *means, *((variance * z_mix.size(-1)).sqrt() for variance in variances)
 
     minus_one = -torch.ones_like(y, dtype=p.dtype)
-    g_mix = p.scatter_add_(-1, y, minus_one)  # P_mix - e_y
+    g_mix = p.mul_((-log_normaliser).exp().unsqueeze(-1)).scatter_add_(-1, y, minus_one)  # P_mix - e_y
     if needs_weak:
         _chain_(z_weak, g_mix, (1 - anchor) * (1 - lam), options.scales[1], options.softcaps[1])
     if needs_strong and anchor:
@@ -504,13 +480,16 @@ def _chain_(logits: Tensor, logits_grad: Tensor, factor: float, scale: float, so
         logits.div_(softcap).square_().neg_().add_(1).mul_(factor * scale).mul_(logits_grad)
 
 
-def _softmax_statistics(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the target and entropy of each row; the probabilities go into `out`."""
-    torch.softmax(logits, -1, out=out)
-    # log sum exp z, exactly: the greatest probability is at least 1/V
-    log_normaliser = logits.amax(-1) - out.amax(-1).log()
-    entropy = log_normaliser - torch.linalg.vecdot(out, logits)
-    return logits.gather(-1, targets).squeeze(-1) - log_normaliser, entropy
+def _softmax_statistics(logits: Tensor, shifted: Tensor, exps: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Entropy and log-normaliser of each row. `shifted`, which may be `logits`, receives the logits with the greatest
+    moved to 0, which the log-normaliser refers to, and `exps` their exponentials.
+    """
+    torch.sub(logits, logits.amax(-1, keepdim=True), out=shifted)
+    torch.exp(shifted, out=exps)
+    total = exps.sum(-1)
+    log_normaliser = total.log()
+    return log_normaliser - torch.linalg.vecdot(exps, shifted) / total, log_normaliser
 
 
 def _accumulate(
@@ -552,8 +531,9 @@ def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """
     dtype = _compute_dtype(logits)
     entropy = torch.zeros(len(logits), dtype=dtype, device=logits.device)
-    for rows in _valid_tiles(mask, logits.size(-1)):
-        entropy[rows] = _entropy(logits[rows].to(dtype).softmax(-1))
+    for rows in mask.nonzero().squeeze(-1).split(max(1, _TILE_BYTES // (4 * logits.size(-1)))):
+        # `entr` is -p log p, and 0 at p = 0
+        entropy[rows] = torch.special.entr(logits[rows].to(dtype).softmax(-1)).sum(-1)
     return entropy
 
 
@@ -586,25 +566,16 @@ def linear_entropy(
     if on_cpu:  # where touching new memory costs more than larger products save
         buffer_bytes = min(buffer_bytes, _TILE_BYTES)
     tile_rows = max(1, buffer_bytes // (2 * vocab_size * compute_dtype.itemsize))
-    block_rows = min(tile_rows, 16 if on_cpu else tile_rows)  # which stay in a CPU's cache between two operations
-    z = torch.empty(min(tile_rows, len(hidden)), vocab_size, dtype=compute_dtype, device=hidden.device)
-    scratch = torch.empty_like(z[:block_rows])
+    block_rows = min(tile_rows, _BLOCK_ROWS if on_cpu else tile_rows)
+    tile = torch.empty(min(tile_rows, len(hidden)), vocab_size, dtype=compute_dtype, device=hidden.device)
+    scratch = torch.empty_like(tile[:block_rows])
     entropies = [hidden.new_zeros(0, dtype=compute_dtype)]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         weight = weight.to(dtype)
         for h in hidden.to(dtype).split(tile_rows):
-            logits = transform_logits_(project(z[: len(h)], h, weight, bias), scale, softcap)
-            entropies += [_entropy_(block, scratch[: len(block)]) for block in logits.split(block_rows)]
+            logits = transform_logits_(project(tile[: len(h)], h, weight, bias), scale, softcap)
+            entropies += [_softmax_statistics(z, z, scratch[: len(z)])[0] for z in logits.split(block_rows)]
     return torch.cat(entropies)
-
-
-def _entropy_(logits: Tensor, scratch: Tensor) -> Tensor:
-    """Entropy of each row, `log s - sum_v e^z_v z_v / s` with `s = sum_v e^z_v` and the greatest logit moved to 0;
-    overwrites both arguments."""
-    logits -= logits.amax(-1, keepdim=True)
-    torch.exp(logits, out=scratch)
-    total = scratch.sum(-1)
-    return total.log() - torch.linalg.vecdot(scratch, logits) / total
 
 
 def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -624,15 +595,6 @@ def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)
 
 
-def _softmax_minus_onehot(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.softmax(-1).scatter_add_(-1, targets, -torch.ones_like(targets, dtype=logits.dtype))
-
-
-def _entropy(probs: Tensor) -> Tensor:
-    # `entr` is -p log p, and 0 at p = 0
-    return torch.special.entr(probs).sum(-1)
-
-
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of a matrix product with `hidden`: that of autocast where it is on."""
     device = hidden.device.type
@@ -641,7 +603,3 @@ def matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
     return logits.dtype if logits.dtype == torch.float64 else torch.float32
-
-
-def _valid_tiles(mask: Tensor, vocab_size: int) -> Iterator[Tensor]:
-    return iter(mask.nonzero().squeeze(-1).split(max(1, _TILE_BYTES // (4 * vocab_size))))

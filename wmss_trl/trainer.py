@@ -29,6 +29,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
+from .checks import check_call, check_lm_heads, check_model, check_replicated
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
@@ -129,27 +130,8 @@ class WMSSTrainer(SFTTrainer):
         weak_model: str | PreTrainedModel | None = None,
     ):
         args = self._as_wmss_config(args, model)
-        if weak_model is not None and weak_model is model and not isinstance(weak_model, str):
-            raise ValueError(
-                "`weak_model` and `model` are the same object. Omit `weak_model` to mix with the model as it is "
-                "handed in: the trainer keeps its own copy."
-            )
-        if args.uses_weak_model and compute_loss_func is not None:
-            raise ValueError("`compute_loss_func` cannot be combined with the mixed loss. Remove it.")
-        streaming = isinstance(train_dataset, IterableDataset)
-        if args.uses_weak_model and streaming and (args.curriculum or args.sft_epochs):
-            raise ValueError(
-                f"A streaming `train_dataset` cannot be scored and has no epochs, but `curriculum={args.curriculum}` "
-                f"and `sft_epochs={args.sft_epochs}`. Load the data set without `streaming=True`, or set "
-                "`curriculum=False` and `sft_epochs=0`."
-            )
+        check_call(args, model, weak_model, train_dataset, compute_loss_func)
         if args.train_weak and args.sft_epochs:
-            if args.ddp_find_unused_parameters is False:
-                raise ValueError(
-                    "`ddp_find_unused_parameters=False` cannot be combined with `train_weak=True` and "
-                    f"`sft_epochs={args.sft_epochs}`, since phase 1 does not use the weak model. Remove it, or set "
-                    "`sft_epochs=0`."
-                )
             args.ddp_find_unused_parameters = True
         self._documents: Dataset | None = None
         super().__init__(
@@ -191,16 +173,14 @@ class WMSSTrainer(SFTTrainer):
                     "`weak_model` is not used: `mixing_lambda=1.0` with `curriculum=False` is plain SFT.", stacklevel=2
                 )
             return
-        self._check_supported()
+        check_engine(args, self.accelerator, is_peft_model(self.model))
+        check_model(self.model, self._is_vision_dataset)
         keep_trainable_on_cpu(self.model)
         head_problem = add_head_access(unwrap_adapter(self.model))
         name = args.weak_model_name_or_path if weak_model is None else weak_model
         if isinstance(name, str) and name.startswith(AUTO):
-            if (engine := engine_name(self.accelerator)) != "replicated":
-                raise ValueError(
-                    f"`weak_model={name!r}` compares whole models on each process, but the run was launched with "
-                    f"{engine}. Rank them on one process (`wmss-trl rank-weak`) and pass the folder of the best."
-                )
+            remedy = "Rank them on one process (`wmss-trl rank-weak`) and pass the folder of the best."
+            check_replicated(self.accelerator, f"`weak_model={name!r}` compares checkpoints with", remedy)
             weak_model, args.weak_model_name_or_path = self._choose_weak_model(name), None
         self.weak_reference = make_weak_reference(
             weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
@@ -213,23 +193,7 @@ class WMSSTrainer(SFTTrainer):
             self.add_callback(self._refresh)
         problems = {"model": head_problem, "weak model": self.weak_reference.head_problem}
         self._full_logits = any(problems.values())
-        if self._full_logits:
-            because = "; ".join(f"because of the {name}: {problem}" for name, problem in problems.items() if problem)
-            warnings.warn(f"Loss and scores need the full logits, which take more memory, {because}.", stacklevel=2)
-        if args.lambda_schedule == "crossover" and (self._full_logits or streaming):
-            problem = "`train_dataset` is streaming" if streaming else "a model's logits are not those of its LM head"
-            raise ValueError(
-                "`lambda_schedule='crossover'` measures the logits of both LM heads on a sample of the data set, but "
-                f"{problem}. Use another schedule."
-            )
-        if args.weak_cache is not None and self._full_logits:
-            raise ValueError("`weak_cache='hidden'` needs LM heads that can be reached. Remove it.")
-        engine = engine_name(self.accelerator)
-        if args.train_weak and self._full_logits and engine in ("fsdp2", "zero3"):
-            raise ValueError(
-                f"`train_weak=True` under {engine} needs LM heads that can be reached ({because}). Set "
-                "`train_weak=False`, or launch with DDP or ZeRO-2."
-            )
+        check_lm_heads(args, problems, train_dataset, self.accelerator)
         if args.curriculum:
             self._activation = DataActivation(
                 args,
@@ -255,16 +219,6 @@ class WMSSTrainer(SFTTrainer):
             return args
         return convert_arguments(args, WMSSConfig)
 
-    def _check_supported(self) -> None:
-        check_engine(self.args, self.accelerator, is_peft_model(self.model))
-        if self._is_vision_dataset:
-            raise ValueError("WMSSTrainer supports text data sets only, but `train_dataset` has images.")
-        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                f"`peft_config` of type {self.model.active_peft_config.peft_type.value} adds virtual tokens, which "
-                "the weak model does not have. Use a method that keeps the sequence, such as LoRA."
-            )
-
     def _choose_weak_model(self, name: str) -> str:
         ranking = rank_checkpoints(
             name, self.model, self.train_dataset, self.processing_class, self.args, self.accelerator.device
@@ -283,11 +237,8 @@ class WMSSTrainer(SFTTrainer):
         """
         if self._activation is None:
             raise ValueError("There is nothing to score without a curriculum. Set `curriculum=True`.")
-        if (engine := engine_name(self.accelerator)) != "replicated":
-            raise ValueError(
-                f"Scoring without training runs the whole model on each process, but was launched with {engine}. "
-                "Launch it on one process or with DDP (`recipes/accelerate/ddp.yaml`)."
-            )
+        remedy = "Launch it on one process or with DDP (`recipes/accelerate/ddp.yaml`)."
+        check_replicated(self.accelerator, "Scoring without training runs", remedy)
         return self._activation.table()
 
     def _report_redraw(self, metrics: dict[str, float]) -> None:
@@ -319,6 +270,11 @@ class WMSSTrainer(SFTTrainer):
         mixing_lambda = self._mixing_lambda()
         targets = next_token_targets(inputs["labels"])
         model_inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+        if return_outputs and self.args.weak_cache is not None:
+            raise ValueError(
+                "`return_outputs=True` in a training step needs the weak model's logits, of which "
+                f"`weak_cache={self.args.weak_cache!r}` keeps the hidden states only. Remove one of them."
+            )
         if self._full_logits or return_outputs:
             mixed, outputs = self._mixed_loss_on_full_logits(
                 model, model_inputs, targets, mixing_lambda, num_items_in_batch

@@ -1,8 +1,8 @@
 """
 What Triton's compiler makes of the kernels for a GPU, which need not be there.
 
-    python benchmarks/kernels.py                    # needs Triton and no GPU: pip install triton
-    python benchmarks/kernels.py --capability 80
+    python benchmarks/compiled_kernels.py                    # needs Triton and no GPU: pip install triton
+    python benchmarks/compiled_kernels.py --capability 80
 
 For each kernel: registers of a thread, what it spills to memory, and the instructions that a thread executes for a
 logit (of each model). It says nothing about time: that depends on memory and matrix products too, see

@@ -1,0 +1,121 @@
+"""What cannot be combined in a run; every error names the option, the value and the remedy."""
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel
+
+from .engines import engine_name
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from .config import WMSSConfig
+
+
+def check_call(
+    args: "WMSSConfig",
+    model: "str | PreTrainedModel | PeftModel",
+    weak_model: str | PreTrainedModel | None,
+    train_dataset: Dataset | IterableDataset | None,
+    compute_loss_func: Callable | None,
+) -> None:
+    """
+    Check what can be checked before anything is loaded.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
+    if weak_model is not None and weak_model is model and not isinstance(weak_model, str):
+        raise ValueError(
+            "`weak_model` and `model` are the same object. Omit `weak_model` to mix with the model as it is handed "
+            "in: the trainer keeps its own copy."
+        )
+    if args.uses_weak_model and compute_loss_func is not None:
+        raise ValueError("`compute_loss_func` cannot be combined with the mixed loss. Remove it.")
+    streaming = isinstance(train_dataset, IterableDataset)
+    if args.uses_weak_model and streaming and (args.curriculum or args.sft_epochs):
+        raise ValueError(
+            f"A streaming `train_dataset` cannot be scored and has no epochs, but `curriculum={args.curriculum}` and "
+            f"`sft_epochs={args.sft_epochs}`. Load the data set without `streaming=True`, or set `curriculum=False` "
+            "and `sft_epochs=0`."
+        )
+    if args.train_weak and args.sft_epochs and args.ddp_find_unused_parameters is False:
+        raise ValueError(
+            "`ddp_find_unused_parameters=False` cannot be combined with `train_weak=True` and "
+            f"`sft_epochs={args.sft_epochs}`, since phase 1 does not use the weak model. Remove it, or set "
+            "`sft_epochs=0`."
+        )
+
+
+def check_model(model: "PreTrainedModel | PeftModel", has_images: bool) -> None:
+    """
+    Check that a model and its data can be trained with a weak model.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if has_images:
+        raise ValueError("WMSSTrainer supports text data sets only, but `train_dataset` has images.")
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"`peft_config` of type {model.active_peft_config.peft_type.value} adds virtual tokens, which the weak "
+            "model does not have. Use a method that keeps the sequence, such as LoRA."
+        )
+
+
+def check_lm_heads(
+    args: "WMSSConfig",
+    problems: dict[str, str | None],
+    train_dataset: Dataset | IterableDataset | None,
+    accelerator: Accelerator,
+) -> None:
+    """
+    Warn of LM heads that cannot be fused into the loss, and check that the run can do without.
+
+    Args:
+        args ([`WMSSConfig`]):
+            Arguments of the run.
+        problems (`dict[str, str | None]`):
+            What is the matter with the LM head of each model, by what the model is called.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            What it trains on.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    because = "; ".join(f"because of the {name}: {problem}" for name, problem in problems.items() if problem)
+    if because:
+        warnings.warn(f"Loss and scores need the full logits, which take more memory, {because}.", stacklevel=3)
+    streaming = isinstance(train_dataset, IterableDataset)
+    if args.lambda_schedule == "crossover" and (because or streaming):
+        problem = "`train_dataset` is streaming" if streaming else "a model's logits are not those of its LM head"
+        raise ValueError(
+            "`lambda_schedule='crossover'` measures the logits of both LM heads on a sample of the data set, but "
+            f"{problem}. Use another schedule."
+        )
+    if args.weak_cache is not None and because:
+        raise ValueError("`weak_cache='hidden'` needs LM heads that can be reached. Remove it.")
+    engine = engine_name(accelerator)
+    if args.train_weak and because and engine in ("fsdp2", "zero3"):
+        raise ValueError(
+            f"`train_weak=True` under {engine} needs LM heads that can be reached ({because}). Set "
+            "`train_weak=False`, or launch with DDP or ZeRO-2."
+        )
+
+
+def check_replicated(accelerator: Accelerator, what: str, remedy: str) -> None:
+    """
+    Check that every process holds the whole model.
+
+    Raises:
+        ValueError: If the run was launched with an engine that splits it.
+    """
+    if (engine := engine_name(accelerator)) != "replicated":
+        raise ValueError(f"{what} the whole model on each process, but was launched with {engine}. {remedy}")
