@@ -18,7 +18,7 @@ test: $(INSTALLED) lint
 
 # Everything, GPU tests too where there is one. The kernels need Triton, which the CUDA builds of PyTorch bring along.
 test-all: $(INSTALLED) lint
-	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet triton
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet triton==3.9.0
 	$(VENV)/bin/python -m pytest
 
 lint: $(INSTALLED)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_losses import HEAD, random_heads
+from test_losses import HEAD, check_confident_models, random_heads
 
 from wmss_trl import losses
 from wmss_trl.losses import linear_mixed_cross_entropy
@@ -59,6 +59,20 @@ def test_of_equal_logits_the_first_is_on_top(monkeypatch):
     targets = torch.tensor([1, 2], device=DEVICE)
     output = linear_mixed_cross_entropy(ones, weight, ones, weight, targets, 0.5)
     assert output.is_top1.tolist() == [True, False]
+
+
+def test_of_equal_logits_in_different_blocks_the_first_is_on_top(monkeypatch):
+    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
+    weight = torch.ones(2500, 1, device=DEVICE)
+    weight[[700, 1500]] = 2
+    ones, targets = torch.ones(3, 1, device=DEVICE), torch.tensor([700, 1500, 2400], device=DEVICE)
+    output = linear_mixed_cross_entropy(ones, weight, ones, weight, targets, 0.5)
+    assert output.is_top1.tolist() == [True, False, False]
+
+
+def test_triton_is_exact_for_confident_models(monkeypatch):
+    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
+    check_confident_models(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -427,6 +427,30 @@ def test_fused_loss_needs_no_more_memory_than_its_buffer(num_tokens, anchor_weig
     assert gradients + 0.5 * buffer_bytes < peak <= gradients + 1.1 * buffer_bytes
 
 
+def check_confident_models(device):
+    """Entropies and log-probabilities below the rounding of the logits are right, to the rounding of a probability."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 64, 300, generator=generator)
+    logits[:, :, 0] += torch.linspace(5, 30, 64) + 100  # with an offset, which changes nothing
+    identity = torch.eye(300, device=device)  # makes the products exact
+    targets = torch.zeros(64, dtype=torch.long)
+    strong, weak = logits.to(device)
+    output = linear_mixed_cross_entropy(strong, identity, weak, identity, targets.to(device), 0.25)
+    exact = {"strong": logits[0].double(), "weak": logits[1].double()}
+    exact["mixed"] = 0.25 * exact["strong"] + 0.75 * exact["weak"]
+    for name, z in exact.items():
+        entropy = torch.distributions.Categorical(logits=z).entropy()
+        torch.testing.assert_close(getattr(output, f"{name}_entropy").double().cpu(), entropy, rtol=1e-4, atol=2e-7)
+    for name in ("strong", "mixed"):
+        log_probs = exact[name].log_softmax(-1)[:, 0]
+        ours = getattr(output, f"{name}_log_probs").double().cpu()
+        torch.testing.assert_close(ours, log_probs, rtol=1e-4, atol=2e-7)
+
+
+def test_fused_loss_is_exact_for_confident_models():
+    check_confident_models("cpu")
+
+
 def test_fused_loss_computes_nothing_in_float64():
     tensors, targets = random_heads()
     with LargeAllocations(1) as allocations:

@@ -15,7 +15,7 @@ from .losses import MixOptions
 _BLOCK_SIZE = 1024
 # Neighbouring logits that one lane of the statistics reads at a time: 16 bytes of them in 16 bits
 _LANE_WIDTH = 8
-# Stands for a logit beyond the vocabulary: its exponential is 0, and finite, it makes no NaN of 0 times itself
+# Stands for a logit that is not there: its exponential is 0, and finite, it makes no NaN of 0 times itself
 _NO_LOGIT = tl.constexpr(-1e30)
 
 
@@ -33,22 +33,26 @@ def _transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _fold(z, running_max, sum_exp, sum_exp_z):
-    """Fold a block of logits `(lanes, columns)` into lanes' maxima, `sum exp(z - max)` and `sum exp(z - max) z`."""
-    new_max = tl.maximum(running_max, tl.max(z, axis=1))
-    rescale = _exp(running_max - new_max)
-    e = _exp(z - new_max[:, None])
-    return new_max, sum_exp * rescale + tl.sum(e, axis=1), sum_exp_z * rescale + tl.sum(e * z, axis=1)
+def _fold(z, lane_max, sum_exp, sum_exp_d):
+    """Fold a block of logits `(lanes, columns)` into lanes' maxima, `sum exp(d)` and `sum exp(d) d`; `d = z - max`."""
+    new_max = tl.maximum(lane_max, tl.max(z, axis=1))
+    shift = lane_max - new_max
+    rescale = _exp(shift)
+    d = z - new_max[:, None]
+    e = _exp(d)
+    sum_exp_d = (sum_exp_d + shift * sum_exp) * rescale + tl.sum(e * d, axis=1)
+    return new_max, sum_exp * rescale + tl.sum(e, axis=1), sum_exp_d
 
 
 @triton.jit
-def _combine(lane_max, sum_exp, sum_exp_z):
-    """Maximum, log-normaliser and entropy of a row from what its lanes have seen."""
+def _combine(lane_max, sum_exp, sum_exp_d):
+    """Maximum of a row, log-normaliser beyond that maximum, and entropy, from what its lanes have seen."""
     row_max = tl.max(lane_max, axis=0)
-    weight = _exp(lane_max - row_max)
+    shift = lane_max - row_max
+    weight = _exp(shift)
     row_sum = tl.sum(sum_exp * weight, axis=0)
-    log_z = row_max + tl.log(row_sum)
-    return row_max, log_z, log_z - tl.sum(sum_exp_z * weight, axis=0) / row_sum
+    log_sum = tl.log(row_sum)
+    return row_max, log_sum, log_sum - tl.sum((sum_exp_d + shift * sum_exp) * weight, axis=0) / row_sum
 
 
 @triton.jit
@@ -103,10 +107,10 @@ def _statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     strong_row, weak_row = strong_ptr + row * stride, weak_ptr + row * stride
     target = tl.load(targets_ptr + row)
-    s_max = tl.full((NUM_LANES,), -float("inf"), tl.float32)
+    s_max = tl.full((NUM_LANES,), _NO_LOGIT, tl.float32)
     w_max, m_max, max_before_target = s_max, s_max, s_max
     s_sum = tl.zeros((NUM_LANES,), tl.float32)
-    w_sum, m_sum, s_sum_z, w_sum_z, m_sum_z = s_sum, s_sum, s_sum, s_sum, s_sum
+    w_sum, m_sum, s_sum_d, w_sum_d, m_sum_d = s_sum, s_sum, s_sum, s_sum, s_sum
     s_mean, w_mean, s_squares, w_squares = 0.0, 0.0, 0.0, 0.0
     columns = tl.arange(0, NUM_LANES)[:, None] * LANE_WIDTH + tl.arange(0, LANE_WIDTH)[None, :]
     for start in range(0, vocab_size, BLOCK_SIZE):
@@ -121,9 +125,9 @@ def _statistics_kernel(
             w_mean, w_squares = _fold_moments(z_weak, mask, start, w_mean, w_squares)
         z_strong, z_weak = tl.where(mask, z_strong, _NO_LOGIT), tl.where(mask, z_weak, _NO_LOGIT)
         z_mix = z_weak + mixing_lambda * (z_strong - z_weak)
-        s_max, s_sum, s_sum_z = _fold(z_strong, s_max, s_sum, s_sum_z)
-        w_max, w_sum, w_sum_z = _fold(z_weak, w_max, w_sum, w_sum_z)
-        m_max, m_sum, m_sum_z = _fold(z_mix, m_max, m_sum, m_sum_z)
+        s_max, s_sum, s_sum_d = _fold(z_strong, s_max, s_sum, s_sum_d)
+        w_max, w_sum, w_sum_d = _fold(z_weak, w_max, w_sum, w_sum_d)
+        m_max, m_sum, m_sum_d = _fold(z_mix, m_max, m_sum, m_sum_d)
         # Up to the last block that ends before the target; the columns between are looked at below
         max_before_target = tl.where(start + BLOCK_SIZE <= target, s_max, max_before_target)
 
@@ -132,11 +136,11 @@ def _statistics_kernel(
     )
     w_target = _transform(tl.load(weak_row + target).to(tl.float32), weak_scale, weak_softcap, WEAK_HAS_SOFTCAP)
     m_target = w_target + mixing_lambda * (s_target - w_target)
-    s_row_max, s_log_z, s_entropy = _combine(s_max, s_sum, s_sum_z)
-    _, _, w_entropy = _combine(w_max, w_sum, w_sum_z)
-    _, m_log_z, m_entropy = _combine(m_max, m_sum, m_sum_z)
-    tl.store(strong_log_probs_ptr + row, s_target - s_log_z)
-    tl.store(mixed_log_probs_ptr + row, m_target - m_log_z)
+    s_row_max, s_log_sum, s_entropy = _combine(s_max, s_sum, s_sum_d)
+    _, _, w_entropy = _combine(w_max, w_sum, w_sum_d)
+    m_row_max, m_log_sum, m_entropy = _combine(m_max, m_sum, m_sum_d)
+    tl.store(strong_log_probs_ptr + row, s_target - s_row_max - s_log_sum)
+    tl.store(mixed_log_probs_ptr + row, m_target - m_row_max - m_log_sum)
     tl.store(strong_entropy_ptr + row, s_entropy)
     tl.store(weak_entropy_ptr + row, w_entropy)
     tl.store(mixed_entropy_ptr + row, m_entropy)
@@ -152,8 +156,8 @@ def _statistics_kernel(
     max_in_block = tl.max(tl.where(offsets < target, z_before, -float("inf")), axis=0)
     max_before = tl.maximum(tl.max(max_before_target, axis=0), max_in_block)
     tl.store(is_top1_ptr + row, (s_target >= s_row_max) & (s_target > max_before))
-    tl.store(strong_log_z_ptr + row, s_log_z)
-    tl.store(mixed_log_z_ptr + row, m_log_z)
+    tl.store(strong_log_z_ptr + row, s_row_max + s_log_sum)
+    tl.store(mixed_log_z_ptr + row, m_row_max + m_log_sum)
 
 
 @triton.jit
