@@ -21,7 +21,7 @@ from torch import Tensor
 # Size of one float32 tile of logits. The handful of tiles alive at a time is all the memory the functions below need
 # besides the gradient itself.
 _TILE_BYTES = 64 * 2**20
-# Rows that PyTorch takes through all operations on logits at a time: few enough to stay in a CPU's cache in between
+# Rows that a CPU takes through all operations on logits at a time: few enough to stay in its cache in between
 _BLOCK_ROWS = 16
 # It comes with the CUDA builds of PyTorch
 _TRITON_AVAILABLE = find_spec("triton") is not None
@@ -263,14 +263,14 @@ def _mix_logits(
     strong_logits: Tensor, weak_logits: Tensor, targets: Tensor, options: MixOptions, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None]]:
     """The loss of full logits, a few rows at a time: the gradients are the only tensors of their size."""
-    dtype, vocab_size = _compute_dtype(strong_logits), strong_logits.size(-1)
+    dtype = _compute_dtype(strong_logits)
     grads = [
         torch.zeros_like(logits) if needed else None
         for logits, needed in zip((strong_logits, weak_logits), needs_grad, strict=False)
     ]
     statistics = torch.zeros(5, len(targets), dtype=dtype, device=strong_logits.device)
     is_top1 = torch.zeros(len(targets), dtype=torch.bool, device=strong_logits.device)
-    block_rows = _BLOCK_ROWS if strong_logits.device.type == "cpu" else max(1, _TILE_BYTES // (4 * vocab_size))
+    block_rows = _block_rows(strong_logits.device, strong_logits.size(-1))
     for rows in (targets != options.ignore_index).nonzero().squeeze(-1).split(block_rows):
         z_strong, z_weak = (logits[rows].to(dtype) for logits in (strong_logits, weak_logits))
         scratch = torch.empty_like(z_strong), torch.empty_like(z_strong)
@@ -317,6 +317,8 @@ def _mix_hidden_states(
     else:
         mix_tile = _mix_tile
     buffer_rows = options.buffer_bytes // (vocab_size * tile_dtype.itemsize)
+    if not use_triton:
+        buffer_rows -= 2 * _block_rows(device, vocab_size)  # for scratch
 
     valid_rows = None if options.ignore_index is None else (targets != options.ignore_index).nonzero().squeeze(-1)
     num_rows = len(targets) if valid_rows is None else len(valid_rows)
@@ -363,7 +365,7 @@ def _mix_hidden_states(
 def _tile_rows(num_rows: int, buffer_rows: int, needs_weak: bool, use_triton: bool) -> tuple[int, int]:
     """How many rows of strong and of weak logits to hold at a time, if the buffer has room for `buffer_rows`."""
     if not use_triton:
-        largest = max(1, buffer_rows // 2 - _BLOCK_ROWS)  # scratch takes two blocks
+        largest = max(1, buffer_rows // 2)
         rows = ceil(num_rows / ceil(num_rows / largest)) if num_rows else 0
         return rows, rows
     # Every tile is added to the gradient of the strong weight, which takes a GPU as long to read and write as the
@@ -372,6 +374,11 @@ def _tile_rows(num_rows: int, buffer_rows: int, needs_weak: bool, use_triton: bo
     strong_rows = max(1, largest // 128 * 128 or largest)  # matrix products work on blocks of 128 rows
     weak_rows = max(1, min(strong_rows, buffer_rows - strong_rows))
     return min(strong_rows, num_rows), min(weak_rows, num_rows)
+
+
+def _block_rows(device: torch.device, vocab_size: int) -> int:
+    """How many rows of logits PyTorch works on at a time; off the CPU, enough (16 MB) to be worth the launches."""
+    return _BLOCK_ROWS if device.type == "cpu" else max(1, 2**22 // vocab_size)
 
 
 def _slices(start: int, stop: int, length: int) -> Iterator[slice]:
@@ -406,8 +413,9 @@ def _mix_tile(
         needs_strong, needs_weak (`bool`):
             Which gradients are needed.
     """
-    scratch = z_strong.new_empty(2, min(_BLOCK_ROWS, len(targets)), z_strong.size(-1))
-    for block in _slices(0, len(targets), _BLOCK_ROWS):
+    block_rows = min(_block_rows(z_strong.device, z_strong.size(-1)), len(targets))
+    scratch = z_strong.new_empty(2, block_rows, z_strong.size(-1))
+    for block in _slices(0, len(targets), block_rows):
         y = targets[block]
         *values, top1 = _mix_block(
             z_strong[block], z_weak[block], *scratch[:, : len(y)], y, options, needs_strong, needs_weak
