@@ -32,7 +32,7 @@ def test_a_weak_driven_step_makes_a_gpu_wait_twice(results, name):
     """To find the positions with targets and to log; SFTTrainer waits for five figures of its log."""
     run = results[name]["pretended"]
     waits = Counter(wait for wait in run["waits"] if wait.startswith("wmss_trl"))
-    positions = "_mix_logits" if RUNS[name].get("full_logits") else "_mixed_loss"
+    positions = "mix_logits" if RUNS[name].get("full_logits") else "_mixed_loss"
     assert waits == dict.fromkeys((f"wmss_trl: {positions}", "wmss_trl: _record"), run["weak_driven_steps"])
 
 

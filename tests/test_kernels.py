@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_losses import HEAD, check_confident_models, random_heads
 
-from wmss_trl import losses
+from wmss_trl import tiles
 from wmss_trl.losses import linear_mixed_cross_entropy
 
 pytest.importorskip("triton", reason="Triton is not installed: `pip install triton` to run it under its interpreter")
@@ -40,9 +40,9 @@ def test_triton_equals_pytorch(monkeypatch, dtype, tolerance, head, anchor_weigh
         "buffer_bytes": 4 * 2 * 1500 * dtype.itemsize,
         **head,
     }
-    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: False)
+    monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: False)
     expected, expected_grads = run(tensors, targets, wanted, **options)
-    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
+    monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     ours, grads = run(tensors, targets, wanted, **options)
     for name in NAMES + MOMENTS if anchor_weight else NAMES:
         torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=tolerance, atol=tolerance)
@@ -53,7 +53,7 @@ def test_triton_equals_pytorch(monkeypatch, dtype, tolerance, head, anchor_weigh
 
 
 def test_of_equal_logits_the_first_is_on_top(monkeypatch):
-    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
+    monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     ones = torch.ones(2, 1, device=DEVICE)
     weight = torch.tensor([[1.0], [2.0], [2.0]], device=DEVICE)
     targets = torch.tensor([1, 2], device=DEVICE)
@@ -62,7 +62,7 @@ def test_of_equal_logits_the_first_is_on_top(monkeypatch):
 
 
 def test_of_equal_logits_in_different_blocks_the_first_is_on_top(monkeypatch):
-    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
+    monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     weight = torch.ones(2500, 1, device=DEVICE)
     weight[[700, 1500]] = 2
     ones, targets = torch.ones(3, 1, device=DEVICE), torch.tensor([700, 1500, 2400], device=DEVICE)
@@ -71,7 +71,7 @@ def test_of_equal_logits_in_different_blocks_the_first_is_on_top(monkeypatch):
 
 
 def test_triton_is_exact_for_confident_models(monkeypatch):
-    monkeypatch.setattr(losses, "_use_triton", lambda device, dtype: True)
+    monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     check_confident_models(DEVICE)
 
 

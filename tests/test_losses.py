@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmss_trl import losses
+from wmss_trl import tiles
 from wmss_trl.losses import (
     linear_entropy,
     linear_mixed_cross_entropy,
@@ -80,7 +80,7 @@ def test_any_shape_tile_and_label_pattern(num_tokens, vocab_size, tile_rows, mix
         )
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_BLOCK_ROWS", tile_rows)
+        patch.setattr(tiles, "_BLOCK_ROWS", tile_rows)
         loss = mixed_cross_entropy(strong, weak, targets, mixing_lambda)
         (grad,) = torch.autograd.grad(loss, strong)
     if (targets == -100).all():
@@ -181,7 +181,7 @@ HEAD = {"strong_scale": 0.7, "weak_scale": 1.3, "strong_softcap": 5.0, "weak_sof
 
 def buffer_for(tile_rows, vocab_size=37, dtype=torch.float32):
     """Bytes that make tiles of `tile_rows` rows: two of them, and two blocks for scratch."""
-    return 2 * (tile_rows + losses._BLOCK_ROWS) * vocab_size * dtype.itemsize
+    return 2 * (tile_rows + tiles._BLOCK_ROWS) * vocab_size * dtype.itemsize
 
 
 def random_heads(num_tokens=13, vocab_size=37, dtype=torch.float32, bias=True, seed=0, scale=1.0):
@@ -274,7 +274,7 @@ def test_fused_loss_for_any_shape_tile_and_label_pattern(
     label = st.one_of(st.just(-100), st.integers(0, vocab_size - 1))
     targets = torch.tensor(data.draw(st.lists(label, min_size=num_tokens, max_size=num_tokens)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_BLOCK_ROWS", block_rows)
+        patch.setattr(tiles, "_BLOCK_ROWS", block_rows)
         output = linear_mixed_cross_entropy(
             **tensors,
             targets=targets,

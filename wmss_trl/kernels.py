@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .losses import MixOptions
+from .tiles import MixOptions
 
 _BLOCK_SIZE = 1024
 # Neighbouring logits that one lane of the statistics reads at a time: 16 bytes of them in 16 bits
@@ -217,7 +217,7 @@ def mix_tile(
     needs_strong: bool,
     needs_weak: bool,
 ) -> None:
-    """The counterpart of `losses._mix_tile`, with the same arguments."""
+    """The counterpart of `tiles._mix_tile`, with the same arguments."""
     num_rows, vocab_size = z_strong.shape
     strong_log_z, mixed_log_z = torch.empty(2, num_rows, dtype=torch.float32, device=z_strong.device)
     moments = statistics[5:] if options.logit_statistics else [strong_log_z] * 4  # unused pointers still need a tensor

@@ -12,8 +12,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .losses import matmul_dtype, project, transform_logits_
 from .sharding import gathered, runnable, whole, whole_shape
+from .tiles import matmul_dtype, project, transform_logits_
 
 
 @dataclass

@@ -14,8 +14,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .diagnostics import crossover_lambda
 from .lm_head import LMHead, add_head_access, evaluating, unwrap_adapter
-from .losses import next_token_targets, project, transform_logits_
+from .losses import next_token_targets
 from .scoring import DataCollator, example_lengths, length_batches
+from .tiles import project, transform_logits_
 from .weak import check_same_vocabulary, load_tokenizer, load_weak_model
 
 if TYPE_CHECKING:
