@@ -187,6 +187,7 @@ def train(
     log = trainer.state.log_history
     return {
         "losses": [entry[key] for entry in log for key in ("loss", "eval_loss") if key in entry],
+        "sft_steps": sum("loss" in entry and "amplification" not in entry for entry in log),
         "weak_driven_steps": sum("amplification" in entry for entry in log) * args.gradient_accumulation_steps,
         "waits": [wait[-1] for wait in in_steps],
     }

@@ -34,6 +34,8 @@ def test_a_weak_driven_step_makes_a_gpu_wait_twice(results, name):
     waits = Counter(wait for wait in run["waits"] if wait.startswith("wmss_trl"))
     positions = "mix_logits" if RUNS[name].get("full_logits") else "_mixed_loss"
     assert waits == dict.fromkeys((f"wmss_trl: {positions}", "wmss_trl: _record"), run["weak_driven_steps"])
+    if "gradient_accumulation_steps" not in RUNS[name]:
+        assert sum(wait.startswith("trl:") for wait in run["waits"]) == 5 * run["sft_steps"]
 
 
 def test_tensors_of_two_devices_must_not_meet(results):

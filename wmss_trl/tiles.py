@@ -132,6 +132,8 @@ def mix_hidden_states(
     buffer_rows = options.buffer_bytes // (vocab_size * tile_dtype.itemsize)
     if not use_triton:
         buffer_rows -= 2 * block_rows_of(device, vocab_size)  # for scratch
+        if tile_dtype != dtype:  # a product in half precision is there before it is copied into one of the two tiles
+            buffer_rows = buffer_rows * 4 // 5
 
     valid_rows = None if options.ignore_index is None else (targets != options.ignore_index).nonzero().squeeze(-1)
     num_rows = len(targets) if valid_rows is None else len(valid_rows)
