@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format
+.PHONY: demo test test-ci test-all lint format
 
 # The environment is rebuilt only when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -14,7 +14,11 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python examples/train_math.py
 
 test: $(INSTALLED) lint
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu and not multi_gpu"
+	$(VENV)/bin/python -m pytest -m "not ci and not slow and not gpu and not multi_gpu"
+
+# What is too long for `test`.
+test-ci: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m "ci and not slow and not gpu and not multi_gpu"
 
 # Everything, GPU tests too where there is one. The kernels need Triton, which the CUDA builds of PyTorch bring along.
 test-all: $(INSTALLED) lint

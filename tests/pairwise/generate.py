@@ -1,0 +1,159 @@
+"""
+Makes what the pairwise suite is run from: `python tests/pairwise/generate.py`.
+
+1. Tries every pair of values, the rest at its defaults: what the trainer refuses at construction is a refusal.
+2. Generates rows in which every other pair meets at least once, without refused combinations.
+3. Writes the table of refusals into `docs/compatibility.md`.
+
+With `--rows`, only the last two.
+"""
+
+import logging
+import random
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+from allpairspy import AllPairs
+from factors import (
+    DEFAULTS,
+    FACTORS,
+    Row,
+    all_pairs,
+    pairs_of,
+    read_refusals,
+    write_refusals,
+    write_rows,
+)
+from judge import write_score_file
+from rows import head_that_cannot_be_reached, make_trainer
+from tqdm import tqdm
+from world import World
+
+DOCS = Path(__file__).parents[2] / "docs" / "compatibility.md"
+MARK = "<!-- the table below is written by tests/pairwise/generate.py -->"
+# Not known to a trainer that is only constructed, in one process
+_OF_A_RUN = {"stopped", "length", "processes"}
+Refusals = dict[frozenset[tuple[str, str]], str]
+
+
+def refusal_of(row: Row, folder: Path) -> str | None:
+    """What the trainer says to a row at construction, if it refuses it."""
+    place = folder / f"{row['architecture']}-{row['train_weak']}-{row['data']}-{row['layout']}"
+    world = World(row, place)
+    if not place.exists():
+        World.build(row, place)
+        write_score_file(world)
+    with head_that_cannot_be_reached(row["head"] == "full-logits"):
+        try:
+            make_trainer(world)
+        except ValueError as error:
+            return str(error).replace(str(place), "FOLDER")
+    return None
+
+
+def find_refusals() -> Refusals:
+    """Refused single values and pairs, and triples in which each pair is possible."""
+    refusals: Refusals = {}
+    with tempfile.TemporaryDirectory() as folder:
+        rows: dict[frozenset[tuple[str, str]], Row] = {}
+        for pair in all_pairs():
+            options = frozenset((factor, value) for factor, value in pair if DEFAULTS[factor] != value)
+            if options and not any(factor in _OF_A_RUN for factor, _ in options):
+                rows[options] = DEFAULTS | dict(options)
+        for options in tqdm(sorted(rows, key=len), desc="Constructing trainers", unit=" pairs"):
+            if any(known < options for known in refusals):
+                continue
+            message = refusal_of(rows[options], Path(folder))
+            if message is not None:
+                refusals[options] = message
+    return refusals
+
+
+def refused(row: Row, refusals: Refusals) -> bool:
+    options = set(row.items())
+    return any(known <= options for known in refusals)
+
+
+def generate_rows(refusals: Refusals) -> list[Row]:
+    factors = list(FACTORS)
+
+    def allowed(values: list[str]) -> bool:
+        return not refused(dict(zip(factors, values, strict=False)), refusals)
+
+    rows = [
+        dict(zip(factors, values, strict=True)) for values in AllPairs(list(FACTORS.values()), filter_func=allowed)
+    ]
+    covered = set().union(*map(pairs_of, rows))
+    generator = random.Random(0)
+    for pair in all_pairs():  # what the generator has missed because of the filter
+        if pair in covered or refused(dict(pair), refusals):
+            continue
+        for _ in range(2000):
+            row = {factor: generator.choice(values) for factor, values in FACTORS.items()} | dict(pair)
+            if not refused(row, refusals):
+                rows.append(row)
+                covered |= pairs_of(row)
+                break
+        else:
+            raise ValueError(f"No row has {pair} without a refused combination.")
+    return without_needless_rows(rows)
+
+
+def without_needless_rows(rows: list[Row]) -> list[Row]:
+    """Drop rows whose pairs are all in others."""
+    counts: dict = {}
+    for row in rows:
+        for pair in pairs_of(row):
+            counts[pair] = counts.get(pair, 0) + 1
+    kept = []
+    for row in rows:
+        if all(counts[pair] > 1 for pair in pairs_of(row)):
+            for pair in pairs_of(row):
+                counts[pair] -= 1
+        else:
+            kept.append(row)
+    return kept
+
+
+def smallest_subset(rows: list[Row]) -> list[int]:
+    """A few rows in which every value occurs, those of one process first."""
+    missing = {(factor, value) for factor, values in FACTORS.items() for value in values}
+    chosen: list[int] = []
+    while missing:
+        gains = [len(missing & set(row.items())) for row in rows]
+        best = max(range(len(rows)), key=lambda i: (gains[i], rows[i]["processes"] == "1"))
+        chosen.append(best)
+        missing -= set(rows[best].items())
+    return sorted(chosen)
+
+
+def markdown_table(refusals: Refusals) -> str:
+    lines = ["| options | what the error says |", "|---|---|"]
+    order = {value: number for number, value in enumerate((f, v) for f, values in FACTORS.items() for v in values)}
+    for options, message in sorted(refusals.items(), key=lambda item: sorted(order[option] for option in item[0])):
+        names = ", ".join(f"{factor} = {value}" for factor, value in sorted(options, key=order.get))
+        lines.append(f"| {names} | {message.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def write_table(refusals: Refusals) -> None:
+    text = DOCS.read_text()
+    DOCS.write_text(f"{text[: text.index(MARK)]}{MARK}\n\n{markdown_table(refusals)}\n")
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    refusals = read_refusals() if "--rows" in sys.argv else find_refusals()
+    write_refusals(refusals)
+    rows = generate_rows(refusals)
+    write_rows(rows)
+    write_table(refusals)
+    refused_pairs = sum(refused(dict(pair), refusals) for pair in all_pairs())
+    print(f"{sum(1 for _ in all_pairs())} pairs, {refused_pairs} of them refused; {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
