@@ -387,11 +387,14 @@ class WMSSTrainer(SFTTrainer):
         num_items: torch.Tensor | int | None,
     ) -> tuple[MixedLossOutput, ModelOutput]:
         """For a model whose logits are not those of a linear head."""
-        weak_logits = self.weak_reference.logits(inputs).flatten(0, 1)
-        if self.aux_loss_enabled:
-            inputs = inputs | {"output_router_logits": True}
-        outputs = model(**inputs)
-        logits = outputs.logits.flatten(0, 1)
+        strong_inputs = inputs | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+        if self.weak_reference.trained:  # DDP knows only what a forward of the model that it wraps has used
+            result = model(**strong_inputs, beside=lambda: self.weak_reference.logits(inputs))
+            outputs, weak_logits = result["outputs"], result["beside"]
+        else:
+            weak_logits = self.weak_reference.logits(inputs)
+            outputs = model(**strong_inputs)
+        logits, weak_logits = outputs.logits.flatten(0, 1), weak_logits.flatten(0, 1)
         anchor_weight = self.args.anchor_weight
         mixed = mixed_loss(
             logits, weak_logits, targets, mixing_lambda, num_items=num_items, anchor_weight=anchor_weight

@@ -48,6 +48,10 @@ OTHERS = {
 }
 # Where an engine has something to go wrong that another has not
 KINDS = dict.fromkeys(ENGINES, MATRIX | OTHERS)
+KINDS["ddp"] = KINDS["ddp"] | {
+    "joint-full-logits": JOINT | {"full_logits": True},
+    "joint-lora-full-logits": JOINT | {"lora": True, "learning_rate": 0.01, "full_logits": True},
+}
 KINDS["fsdp2"] = KINDS["fsdp2"] | {
     "sparing": {"sparing_load": True},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
