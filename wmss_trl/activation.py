@@ -37,8 +37,8 @@ class DataActivation:
     Args:
         args ([`WMSSConfig`]):
             Arguments of the run.
-        model (`torch.nn.Module`):
-            The strong model.
+        strong (`Callable[[], torch.nn.Module]`):
+            Returns the strong model as it is now: the engine may have wrapped it.
         weak_reference ([`~wmss_trl.weak.WeakReference`]):
             The weak model.
         train_dataset (`datasets.Dataset`):
@@ -71,7 +71,7 @@ class DataActivation:
     def __init__(
         self,
         args: "WMSSConfig",
-        model: nn.Module,
+        strong: Callable[[], nn.Module],
         weak_reference: WeakReference,
         train_dataset: Dataset,
         documents: Dataset | None,
@@ -83,7 +83,7 @@ class DataActivation:
         on_redraw: Callable[[dict[str, float]], None],
     ):
         self.args = args
-        self.model = model
+        self.strong = strong
         self.weak_reference = weak_reference
         self.accelerator = accelerator
         self.dataset = train_dataset if documents is None else documents
@@ -156,7 +156,7 @@ class DataActivation:
         return token_counts
 
     def _make_score_cache(self, collator: DataCollator, lengths: np.ndarray) -> ScoreCache:
-        args, config, dataset = self.args, self.model.config, self.dataset
+        args, config, dataset = self.args, self.strong().config, self.dataset
         if isinstance(collator, DataCollatorForLanguageModeling):
             # Without padding only where the attention kernels then skip the other examples
             padding_free = is_flash_attention_requested(config)
@@ -189,7 +189,7 @@ class DataActivation:
             "train_dataset": self.fingerprint,
             "model": self.weak_reference.fingerprint,
             "precision": precision,
-            "attention": self.model.config._attn_implementation,
+            "attention": self.strong().config._attn_implementation,
         }
         cache = HiddenCache(
             args.weak_cache_dir or Path(args.output_dir) / "_weak_cache",
@@ -215,7 +215,7 @@ class DataActivation:
         return table
 
     def _model_fingerprint(self) -> str:
-        return fingerprint(parameters_at_rest(self.model))
+        return fingerprint(parameters_at_rest(self.strong()))
 
     def _identity(self) -> dict[str, str]:
         return {
@@ -238,8 +238,8 @@ class DataActivation:
         fill_cache = self.hidden_cache is not None and not self.hidden_cache.complete
         if fill_cache:
             weak_entropy = None
-        strong = self._model_fingerprint()
-        models, fingerprints = {"strong": lambda: nullcontext(self.model)}, {"strong": strong}
+        models = {"strong": lambda: nullcontext(self.strong())}
+        fingerprints = {"strong": self._model_fingerprint()}
         if weak_entropy is None and not self._strong_is_initial():
             models["weak"] = self.weak_reference.activated
             changes = self.args.changes_weak_model

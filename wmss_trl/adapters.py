@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .sharding import named_state, plain_names
+
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
@@ -88,13 +90,13 @@ def keep_trainable_on_cpu(model: nn.Module) -> None:
 
 def adapter_parameters(model: "PeftModel", name: str) -> dict[str, nn.Parameter]:
     """Parameters of one adapter of a model, by their names."""
-    return {key: parameter for key, parameter in model.named_parameters() if re.search(rf"\.{name}(\.|$)", key)}
+    parameters = plain_names(model.named_parameters())
+    return {key: parameter for key, parameter in parameters.items() if re.search(rf"\.{name}(\.|$)", key)}
 
 
 def adapter_state(model: "PeftModel", name: str) -> dict[str, torch.Tensor]:
     """Parameters and buffers of one adapter of a model, by their names; several names may share a tensor."""
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return {key: tensor for key, tensor in state.items() if re.search(rf"\.{name}(\.|$)", key)}
+    return {key: tensor for key, tensor in named_state(model).items() if re.search(rf"\.{name}(\.|$)", key)}
 
 
 def sibling(parameter_name: str, adapter: str, other: str) -> str:

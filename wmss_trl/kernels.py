@@ -103,6 +103,12 @@ def _statistics_kernel(
 ):
     # One program per token. Each lane keeps statistics of its own columns, which meet once, after the last block:
     # reductions over a whole block would take most of the time
+    # Before PyTorch 2.15, `torch.compile` passes Python floats as fp64
+    mixing_lambda = tl.cast(mixing_lambda, tl.float32)
+    strong_scale = tl.cast(strong_scale, tl.float32)
+    weak_scale = tl.cast(weak_scale, tl.float32)
+    strong_softcap = tl.cast(strong_softcap, tl.float32)
+    weak_softcap = tl.cast(weak_softcap, tl.float32)
     NUM_LANES: tl.constexpr = BLOCK_SIZE // LANE_WIDTH
     row = tl.program_id(0).to(tl.int64)
     strong_row, weak_row = strong_ptr + row * stride, weak_ptr + row * stride
@@ -182,6 +188,13 @@ def _gradient_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     # One program per token and block of the vocabulary; overwrites the products with their gradients
+    # Before PyTorch 2.15, `torch.compile` passes Python floats as fp64
+    mixing_lambda = tl.cast(mixing_lambda, tl.float32)
+    anchor_weight = tl.cast(anchor_weight, tl.float32)
+    strong_scale = tl.cast(strong_scale, tl.float32)
+    weak_scale = tl.cast(weak_scale, tl.float32)
+    strong_softcap = tl.cast(strong_softcap, tl.float32)
+    weak_softcap = tl.cast(weak_softcap, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offsets < vocab_size

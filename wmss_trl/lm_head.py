@@ -116,8 +116,9 @@ def add_head_access(model: nn.Module) -> str | None:
     `model(..., positions=indices)` the hidden states alone.
 
     The function is called inside the forward, so it can use the head under any wrapper of the model, within
-    [`whole_lm_head`]. Without `positions` the forward is the one that it was. `model.has_head_access` tells whether
-    this can be relied on.
+    [`whole_lm_head`]. `model.has_head_access` tells whether this can be relied on. Without `positions` the forward is
+    the one that it was, except that `model(..., beside=function)` first calls `function()`, also inside the forward,
+    and returns a `dict` with `"outputs"` and `"beside"`.
 
     Args:
         model (`torch.nn.Module`):
@@ -134,8 +135,12 @@ def add_head_access(model: nn.Module) -> str | None:
         *args: Any,
         positions: Tensor | None = None,
         with_lm_head: Callable[[Tensor, LMHead], Any] | None = None,
+        beside: Callable[[], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
+        if beside is not None:
+            result = beside()
+            return {"outputs": original_forward(*args, **kwargs), "beside": result}
         if positions is None:
             return original_forward(*args, **kwargs)
         # Looked up in each call: PEFT and FSDP replace them after patching

@@ -1,5 +1,6 @@
 """Iterated rounds: each weak-driven epoch mixes with the strong model as it was one round before."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .adapters import adapter_state, sibling
-from .sharding import is_sharded, local_part, reshard, set_local_part_, whole_shape
+from .sharding import is_sharded, local_part, named_state, reshard, set_local_part_, whole_shape
 from .weak import InitialModel, NamedAdapter, WeakReference
 
 REFRESH_DEVICES = ("cpu", "same", "disk")
@@ -24,8 +25,8 @@ class WeakRefresh(TrainerCallback):
     Args:
         weak_reference ([`~wmss_trl.weak.WeakReference`]):
             The weak model, of the same architecture as the strong one.
-        strong (`torch.nn.Module`):
-            The strong model.
+        strong (`Callable[[], torch.nn.Module]`):
+            Returns the strong model as it is now: the engine may have wrapped it.
         first_epoch (`int`):
             First weak-driven epoch, counted from 0.
         device (`str`, *optional*, defaults to `"cpu"`):
@@ -43,7 +44,7 @@ class WeakRefresh(TrainerCallback):
     def __init__(
         self,
         weak_reference: WeakReference,
-        strong: nn.Module,
+        strong: Callable[[], nn.Module],
         first_epoch: int,
         device: str = "cpu",
         folder: str | Path | None = None,
@@ -88,18 +89,20 @@ class WeakRefresh(TrainerCallback):
         if isinstance(self.weak_reference, InitialModel):
             return {}
         if isinstance(self.weak_reference, NamedAdapter):
-            reshard(self.strong)
-            return adapter_state(self.strong, self.strong.active_adapter)
-        return _state(self.strong)
+            strong = self.strong()
+            reshard(strong)
+            return adapter_state(strong, strong.active_adapter)
+        return _state(self.strong())
 
     def _weak_state(self) -> dict[str, Tensor]:
         reference = self.weak_reference
         if isinstance(reference, InitialModel):
             return {}
         if isinstance(reference, NamedAdapter):
-            reshard(self.strong)
-            state = adapter_state(self.strong, reference.name)
-            return {sibling(name, reference.name, self.strong.active_adapter): value for name, value in state.items()}
+            strong = self.strong()
+            reshard(strong)
+            state = adapter_state(strong, reference.name)
+            return {sibling(name, reference.name, strong.active_adapter): value for name, value in state.items()}
         return _state(extract_model_from_parallel(reference.model))
 
     @staticmethod
@@ -121,13 +124,13 @@ class WeakRefresh(TrainerCallback):
         return load_file(self.path) if self.device == "disk" else self.snapshot
 
     def _path_in(self, folder: Path) -> Path:
-        return folder / (self.path.name if is_sharded(self.strong) else self.FILE_NAME)
+        return folder / (self.path.name if is_sharded(self.strong()) else self.FILE_NAME)
 
     def save(self, folder: Path) -> None:
         """Write the weak weights and the snapshot of the round, if one has begun, into `folder`: each process its
         part where they are sharded, or else the main process."""
         path = self._path_in(folder)
-        if self.round_epoch is None or not (is_sharded(self.strong) or PartialState().is_main_process):
+        if self.round_epoch is None or not (is_sharded(self.strong()) or PartialState().is_main_process):
             return
         folder.mkdir(parents=True, exist_ok=True)
         states = {"weak": self._copy_of_parts(self._weak_state()), "strong": self._read_snapshot()}
@@ -152,7 +155,5 @@ class WeakRefresh(TrainerCallback):
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model by their names; several names may share a tensor."""
     reshard(model)
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in state.items()}
+    return named_state(model)

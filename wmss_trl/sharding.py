@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -24,10 +25,22 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def plain_names(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Parameters or buffers by the names that they had before `torch.compile` and FSDP2's activation checkpointing."""
+    return {name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""): t for name, t in tensors}
+
+
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by their names; several names may share a tensor."""
+    return plain_names(
+        chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    )
+
+
 def parameters_at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of a model by their names, in the form that the engine keeps between forwards."""
     reshard(model)
-    return dict(model.named_parameters())
+    return plain_names(model.named_parameters())
 
 
 def is_sharded(model: nn.Module) -> bool:

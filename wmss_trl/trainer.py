@@ -161,7 +161,6 @@ class WMSSTrainer(SFTTrainer):
             self._lambda_schedule = make_lambda_schedule(
                 args.lambda_schedule, args.mixing_lambda, args.final_mixing_lambda
             )
-        self._handed_model = self.model
         self._activation: DataActivation | None = None
         self.weak_reference: WeakReference | None = None
         self._late_parameters: LateParameters | None = None
@@ -182,14 +181,16 @@ class WMSSTrainer(SFTTrainer):
             remedy = "Rank them on one process (`wmss-trl rank-weak`) and pass the folder of the best."
             check_replicated(self.accelerator, f"`weak_model={name!r}` compares checkpoints with", remedy)
             weak_model, args.weak_model_name_or_path = self._choose_weak_model(name), None
+
+        def strong() -> nn.Module:  # not the model itself, which FSDP2 wraps when training starts
+            return self.model
+
         self.weak_reference = make_weak_reference(
-            weak_model, self.model, self.args, self.processing_class, self.accelerator, peft_config
+            weak_model, strong, self.args, self.processing_class, self.accelerator, peft_config
         )
         if args.weak_refresh == "epoch":  # added before the curriculum's callback, which scores the new weak model
             folder = Path(args.output_dir) / "_weak_refresh"
-            self._refresh = WeakRefresh(
-                self.weak_reference, self.model, args.sft_epochs, args.weak_refresh_device, folder
-            )
+            self._refresh = WeakRefresh(self.weak_reference, strong, args.sft_epochs, args.weak_refresh_device, folder)
             self.add_callback(self._refresh)
         problems = {"model": head_problem, "weak model": self.weak_reference.head_problem}
         self._full_logits = any(problems.values())
@@ -197,7 +198,7 @@ class WMSSTrainer(SFTTrainer):
         if args.curriculum:
             self._activation = DataActivation(
                 args,
-                self.model,
+                strong,
                 self.weak_reference,
                 self.train_dataset,
                 self._documents,
@@ -387,11 +388,14 @@ class WMSSTrainer(SFTTrainer):
         num_items: torch.Tensor | int | None,
     ) -> tuple[MixedLossOutput, ModelOutput]:
         """For a model whose logits are not those of a linear head."""
-        weak_logits = self.weak_reference.logits(inputs).flatten(0, 1)
-        if self.aux_loss_enabled:
-            inputs = inputs | {"output_router_logits": True}
-        outputs = model(**inputs)
-        logits = outputs.logits.flatten(0, 1)
+        strong_inputs = inputs | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+        if self.weak_reference.trained:  # DDP knows only what a forward of the model that it wraps has used
+            result = model(**strong_inputs, beside=lambda: self.weak_reference.logits(inputs))
+            outputs, weak_logits = result["outputs"], result["beside"]
+        else:
+            weak_logits = self.weak_reference.logits(inputs)
+            outputs = model(**strong_inputs)
+        logits, weak_logits = outputs.logits.flatten(0, 1), weak_logits.flatten(0, 1)
         anchor_weight = self.args.anchor_weight
         mixed = mixed_loss(
             logits, weak_logits, targets, mixing_lambda, num_items=num_items, anchor_weight=anchor_weight
@@ -548,10 +552,6 @@ class WMSSTrainer(SFTTrainer):
     ) -> None:
         self._weak_driven = epoch >= self.args.sft_epochs
         sampler = self.curriculum_sampler
-        if self.is_fsdp_enabled:  # with `torch_compile` it is the compiled model that gathers what others need
-            for owner in filter(None, (self._activation, self.weak_reference)):
-                if getattr(owner, "model", None) is self._handed_model:
-                    owner.model = self.model
         if sampler is not None:
             steps_in_epoch, num_update_steps_per_epoch = self._plan.batches(epoch), self._plan.steps(epoch)
             if self._weak_driven:

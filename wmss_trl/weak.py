@@ -163,18 +163,22 @@ class DisabledAdapter(WeakReference):
     The base of a PEFT model, which is the model with its adapter switched off: it costs no memory.
 
     Args:
-        model ([`~peft.PeftModel`]):
-            The strong model. Its adapter must have started as the identity, or the base is not the model that
-            training started from.
+        strong (`Callable[[], peft.PeftModel]`):
+            Returns the strong model as it is now. Its adapter must have started as the identity, or the base is not
+            the model that training started from.
     """
 
     on_strong_base = True
 
-    def __init__(self, model: "PeftModel"):
-        self.model = model
+    def __init__(self, strong: Callable[[], "PeftModel"]):
+        self.strong = strong
         self.head_problem = None  # it is the strong model's own head
         # Not kept: FSDP2 replaces the parameters, and these would stay in memory whole
-        self.fingerprint = fingerprint({name: p for name, p in model.named_parameters() if not p.requires_grad})
+        self.fingerprint = fingerprint({name: p for name, p in self.model.named_parameters() if not p.requires_grad})
+
+    @property
+    def model(self) -> "PeftModel":
+        return self.strong()
 
     @contextmanager
     def activated(self) -> Iterator[nn.Module]:
@@ -187,17 +191,18 @@ class NamedAdapter(WeakReference):
     A second, frozen adapter beside the one that is trained, on the same base. It is not saved with the model.
 
     Args:
-        model ([`~peft.PeftModel`]):
-            The strong model, with the adapter.
+        strong (`Callable[[], peft.PeftModel]`):
+            Returns the strong model, with the adapter, as it is now.
         name (`str`):
             Name of the adapter.
     """
 
     on_strong_base = True
 
-    def __init__(self, model: "PeftModel", name: str):
-        self.model = model
+    def __init__(self, strong: Callable[[], "PeftModel"], name: str):
+        self.strong = strong
         self.name = name
+        model = self.model
         self.head_problem = None
         for parameter in adapter_parameters(model, name).values():
             parameter.requires_grad_(False)
@@ -209,6 +214,10 @@ class NamedAdapter(WeakReference):
             return save_pretrained(save_directory, *args, selected_adapters=selected_adapters, **kwargs)
 
         model.save_pretrained = save_strong
+
+    @property
+    def model(self) -> "PeftModel":
+        return self.strong()
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         strong = adapter_parameters(self.model, self.model.active_adapter)
@@ -297,16 +306,17 @@ class TrainedAdapter(NamedAdapter):
     A second adapter beside the strong one on the same base, trained with it (the paper's Algorithm 1).
 
     Args:
-        model ([`~peft.PeftModel`]):
-            The strong model, with both adapters.
+        strong (`Callable[[], peft.PeftModel]`):
+            Returns the strong model, with both adapters, as it is now.
         name (`str`):
             Name of the weak adapter.
     """
 
     trained = True
 
-    def __init__(self, model: "PeftModel", name: str):
-        super().__init__(model, name)
+    def __init__(self, strong: Callable[[], "PeftModel"], name: str):
+        super().__init__(strong, name)
+        model = self.model
         for key, parameter in adapter_parameters(model, model.active_adapter).items():
             weak_key = sibling(key, model.active_adapter, name)
             model.get_parameter(weak_key).requires_grad_(parameter.requires_grad)
@@ -345,7 +355,7 @@ class TrainedAdapter(NamedAdapter):
 
 def make_weak_reference(
     weak_model: str | nn.Module | None,
-    strong: "PreTrainedModel | PeftModel",
+    current_strong: Callable[[], "PreTrainedModel | PeftModel"],
     args: "WMSSConfig",
     processing_class: PreTrainedTokenizerBase | None,
     accelerator: Accelerator,
@@ -358,8 +368,8 @@ def make_weak_reference(
         weak_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Hub id, checkpoint folder or model. `None` stands for `args.weak_model_name_or_path` or else for the strong
             model as it is now (M0).
-        strong ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model that is going to be trained.
+        current_strong (`Callable[[], transformers.PreTrainedModel | peft.PeftModel]`):
+            Returns the model that is going to be trained as it is now: the engine may wrap it later.
         args ([`WMSSConfig`]):
             Arguments of the run.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -372,6 +382,7 @@ def make_weak_reference(
     Raises:
         ValueError: If the options contradict each other, or the weak model cannot be mixed with the strong one.
     """
+    strong = current_strong()
     name, init_kwargs = args.weak_model_name_or_path, args.weak_model_init_kwargs
     if weak_model is not None and name is not None:
         raise ValueError(f"Both `weak_model` and `weak_model_name_or_path={name!r}` are set. Keep one of them.")
@@ -385,12 +396,12 @@ def make_weak_reference(
         )
     if weak_model is None:
         if peft_config is not None and keeps_base_weights(peft_config) and not args.changes_weak_model:
-            return DisabledAdapter(strong)
+            return DisabledAdapter(current_strong)
         if not args.mixes_logits:
             return InitialModel(strong)
         if is_peft_model(strong):
             try:
-                return beside(strong, copy_adapter(strong))
+                return beside(current_strong, copy_adapter(strong))
             except ValueError as error:  # some adapters can only be there once
                 if args.train_weak:
                     raise ValueError(
@@ -409,7 +420,7 @@ def make_weak_reference(
             weak_model = split_revision(weak_model, init_kwargs)
             if is_peft_model(strong) and (config := load_adapter_config(weak_model, init_kwargs)) is not None:
                 check_same_vocabulary(strong, strong, processing_class, load_tokenizer(weak_model))
-                return beside(strong, load_adapter(strong, weak_model, config, init_kwargs))
+                return beside(current_strong, load_adapter(strong, weak_model, config, init_kwargs))
             hub_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
             weak_tokenizer = load_tokenizer(weak_model, **hub_kwargs)
             weak_model = load_weak_model(weak_model, strong, **init_kwargs)

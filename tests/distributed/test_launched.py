@@ -48,10 +48,18 @@ OTHERS = {
 }
 # Where an engine has something to go wrong that another has not
 KINDS = dict.fromkeys(ENGINES, MATRIX | OTHERS)
+KINDS["ddp"] = KINDS["ddp"] | {
+    "joint-full-logits": JOINT | {"full_logits": True},
+    "joint-lora-full-logits": JOINT | {"lora": True, "learning_rate": 0.01, "full_logits": True},
+}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 KINDS["fsdp2"] = KINDS["fsdp2"] | {
     "sparing": {"sparing_load": True},
-    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
-    "compiled-lora": MATRIX["lora"] | {"torch_compile": True, "torch_compile_backend": "eager"},
+    "compiled": COMPILED,
+    "compiled-lora": COMPILED | MATRIX["lora"],
+    "compiled-scored-first": COMPILED | {"sft_epochs": 0},
+    "compiled-lora-scored-first": COMPILED | MATRIX["lora"] | {"sft_epochs": 0},
+    "compiled-rounds": COMPILED | OTHERS["rounds"],
     "sparing-joint": JOINT | {"sparing_load": True, "own_weak_model": True},
     "full-logits": {"own_weak_model": True, "full_logits": True},
     "sharded-files": JOINT | {"state_dict_type": "SHARDED_STATE_DICT"},

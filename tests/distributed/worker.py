@@ -150,7 +150,6 @@ def run(
     parameters = parameters_at_rest(trainer.model) | (
         {f"weak_branch.{name}": value for name, value in branch.named_parameters()} if unsynchronised else {}
     )
-    parameters = {name.removeprefix("_orig_mod."): value for name, value in parameters.items()}
     weights = {}
     for name, parameter in sorted(parameters.items()):
         with gathered([parameter]):
