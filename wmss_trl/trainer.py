@@ -422,12 +422,19 @@ class WMSSTrainer(SFTTrainer):
         totals = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
         num_tokens, items, *totals = totals.tolist()
         means = dict(zip(list(sums)[2:], (total / max(items, 1) for total in totals), strict=True))
-        means["amplification"] = means["mixed_wrong_mass"] / max(means["wrong_mass"], torch.finfo(torch.float32).tiny)
         means["mixing_lambda"] = mixing_lambda
         for key, value in means.items():
             self._metrics["train"][key].append(value)
         self._total_train_tokens += int(num_tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the amplification: of the means since the last log, since a batch with hardly any wrong mass would rule
+        a mean of ratios."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if (wrong_mass := sum(metrics.get("wrong_mass", []))) > 0:
+            metrics["amplification"] = [sum(metrics["mixed_wrong_mass"]) / wrong_mass]
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
