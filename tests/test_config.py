@@ -1,3 +1,7 @@
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 from trl import TrlParser
 
@@ -10,7 +14,7 @@ from wmss_trl import WMSSConfig
         ({"mixing_lambda": 1.1}, r"`mixing_lambda` must be in \(0, 1\], got 1.1"),
         ({"mixing_lambda": -0.1}, r"`mixing_lambda` must be in \(0, 1\], got -0.1"),
         ({"mixing_lambda": 0.0}, r"got 0.0. At 0 the strong model gets no gradient"),
-        ({"mixing_lambda": float("nan")}, r"`mixing_lambda` must be in \(0, 1\], got nan"),
+        ({"mixing_lambda": float("nan")}, r"`mixing_lambda` must be a number, got nan"),
         ({"anchor_weight": 1.0}, r"`anchor_weight` must be in \[0, 1\), got 1.0"),
         ({"difficulty_weight": -0.1}, r"`difficulty_weight` must be a finite number >= 0, got -0.1"),
         ({"consolidation_weight": -1}, r"`consolidation_weight` must be a finite number >= 0, got -1"),
@@ -23,14 +27,14 @@ from wmss_trl import WMSSConfig
         ({"active_fraction": 0.0}, r"`active_fraction` must be in \(0, 1\], got 0.0"),
         ({"active_fraction": 1.01}, r"`active_fraction` must be in \(0, 1\], got 1.01"),
         ({"sft_epochs": -1}, r"`sft_epochs` must be a whole number >= 0, got -1"),
-        ({"sft_epochs": 0.5}, r"`sft_epochs` must be a whole number >= 0, got 0.5"),
+        ({"sft_epochs": 0.5}, r"`sft_epochs` must be a whole number, got 0.5"),
         ({"scoring_batch_size": 0}, r"`scoring_batch_size` must be >= 1, got 0"),
         ({"loss_type": "dft"}, r"`loss_type='dft'` cannot be combined"),
         ({"label_smoothing_factor": 0.1}, r"`label_smoothing_factor=0.1` cannot be combined"),
         ({"scoring_tokens_per_batch": 0}, r"`scoring_tokens_per_batch` must be >= 1, got 0"),
         ({"scoring_batch_size": 4, "scoring_tokens_per_batch": 99}, r"Both `scoring_batch_size=4` and .*=99` are set"),
         ({"rescore_epochs": 0}, r"`rescore_epochs` must be a whole number >= 1, got 0"),
-        ({"rescore_epochs": 1.5}, r"`rescore_epochs` must be a whole number >= 1, got 1.5"),
+        ({"rescore_epochs": 1.5}, r"`rescore_epochs` must be a whole number, got 1.5"),
         ({"score_file": "s.parquet"}, r"`score_file='s.parquet'` .* `sft_epochs=1` .* Set `sft_epochs=0`"),
         ({"score_file": "s.parquet", "curriculum": False, "sft_epochs": 0}, r"`score_file=.*`curriculum=False`"),
         ({"packing": True, "packing_strategy": "wrapped"}, r"`packing_strategy='wrapped'` cannot .* Use 'bfd'"),
@@ -41,6 +45,69 @@ from wmss_trl import WMSSConfig
 def test_bad_options_are_refused_with_option_value_and_remedy(make_args, options, message):
     with pytest.raises(ValueError, match=message):
         make_args(**options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("mixing_lambda", "0.5", "a number, got '0.5'. Set it to one, or leave it unset for the default, 0.5"),
+        ("mixing_lambda", None, "a number, got None"),
+        ("mixing_lambda", True, "a number, got True"),
+        ("final_mixing_lambda", [0.5], r"a number or None, got \[0.5\]"),
+        ("active_fraction", float("nan"), "a number, got nan"),
+        ("sft_epochs", None, "a whole number, got None. Set it to one, or leave it unset for the default, 1"),
+        ("sft_epochs", 1.5, "a whole number, got 1.5"),
+        ("sft_epochs", "1", "a whole number, got '1'"),
+        ("sft_epochs", float("nan"), "a whole number, got nan"),
+        ("sft_epochs", float("inf"), "a whole number, got inf"),
+        ("sft_epochs", True, "a whole number, got True"),
+        ("rescore_epochs", "2", "a whole number, got '2'"),
+        ("logits_buffer_mb", 0.5, "a whole number, got 0.5"),
+        ("scoring_batch_size", "8", "a whole number or None, got '8'"),
+        ("scoring_tokens_per_batch", 8.5, "a whole number or None, got 8.5"),
+        ("curriculum", "no", "True or False, got 'no'. Set it to one, or leave it unset for the default, True"),
+        ("train_weak", "yes", "True or False, got 'yes'"),
+        ("plot_curriculum", None, "True or False, got None"),
+        ("curriculum_replacement", 2, "True or False, got 2"),
+        ("weak_refresh", True, "a string, got True"),
+        ("curriculum_variant", None, "a string, got None"),
+        ("lambda_schedule", 0.5, "a string, got 0.5"),
+        ("weak_cache", True, "a string or None, got True"),
+        ("score_file", 5, "a string or None, got 5"),
+        ("weak_model_name_or_path", 5, "a string or None, got 5"),
+        ("weak_model_init_kwargs", "bfloat16", "a dictionary or a JSON object or None, got 'bfloat16'"),
+        ("weak_model_init_kwargs", ["dtype"], "a dictionary or a JSON object or None, got"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused_with_option_value_and_remedy(make_args, option, value, message):
+    with pytest.raises(ValueError, match=f"`{option}` must be {message}"):
+        make_args(**{option: value})
+
+
+def test_values_that_stand_for_the_right_type_are_accepted(make_args):
+    args = make_args(
+        sft_epochs=2.0,
+        rescore_epochs=np.int64(2),
+        mixing_lambda=1,
+        active_fraction=np.float32(0.5),
+        curriculum=1,
+        train_weak=np.False_,
+        score_cache_dir=Path("scores"),
+        weak_model_init_kwargs='{"dtype": "bfloat16"}',
+        lambda_schedule=linear_in_progress,
+    )
+    assert (args.sft_epochs, type(args.sft_epochs), type(args.rescore_epochs)) == (2, int, int)
+    assert (args.mixing_lambda, args.active_fraction) == (1, 0.5)
+    assert args.curriculum is True
+    assert args.train_weak is False
+    assert args.score_cache_dir == "scores"
+    assert args.weak_model_init_kwargs == {"dtype": "bfloat16"}
+    assert args.lambda_schedule is linear_in_progress
+    assert json.loads(args.to_json_string())["score_cache_dir"] == "scores"
+
+
+def linear_in_progress(progress):
+    return 0.5 + progress / 4
 
 
 @pytest.mark.parametrize(
@@ -78,3 +145,45 @@ def test_options_come_from_yaml_and_the_command_line(tmp_path):
     )
     assert (args.mixing_lambda, args.active_fraction, args.curriculum) == (0.5, 0.5, False)
     assert args.weak_model_init_kwargs == {"dtype": "bfloat16"}
+
+
+def test_every_option_of_the_command_line_gets_its_type(tmp_path):
+    """What a shell or a quoted YAML value gives is a string, which the parser converts."""
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: run\nbf16: false\nuse_cpu: true\ncurriculum: 'no'\nsft_epochs: '2'\nmixing_lambda: 5e-1\n"
+    )
+    given = {
+        "anchor_weight": "0.25",
+        "lambda_schedule": "linear",
+        "final_mixing_lambda": "1",
+        "weak_refresh": "epoch",
+        "weak_refresh_device": "same",
+        "plot_curriculum": "no",
+        "rescore_epochs": "2",
+        "scoring_batch_size": "4",
+        "logits_buffer_mb": "64",
+        "train_weak": "false",
+        "weak_model_init_kwargs": '{"dtype": "bfloat16"}',
+    }
+    command_line = [f"--{option}={value}" for option, value in given.items()]
+    (args,) = TrlParser(WMSSConfig).parse_args_and_config(["--config", str(tmp_path / "run.yaml"), *command_line])
+    expected = {
+        "curriculum": False,
+        "sft_epochs": 2,
+        "mixing_lambda": 0.5,
+        "anchor_weight": 0.25,
+        "lambda_schedule": "linear",
+        "final_mixing_lambda": 1.0,
+        "weak_refresh": "epoch",
+        "weak_refresh_device": "same",
+        "plot_curriculum": False,
+        "rescore_epochs": 2,
+        "scoring_batch_size": 4,
+        "logits_buffer_mb": 64,
+        "train_weak": False,
+        "weak_model_init_kwargs": {"dtype": "bfloat16"},
+    }
+    assert {option: getattr(args, option) for option in expected} == expected
+    (tmp_path / "run.yaml").write_text("output_dir: run\nbf16: false\nuse_cpu: true\nsft_epochs: 1.5\n")
+    with pytest.raises(ValueError, match=r"`sft_epochs` must be a whole number, got 1.5"):
+        TrlParser(WMSSConfig).parse_args_and_config(["--config", str(tmp_path / "run.yaml")])

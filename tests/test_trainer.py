@@ -323,6 +323,48 @@ def test_logged_metrics_equal_an_independent_computation(make_trainer, make_mode
         assert entry[key] == pytest.approx(value, rel=1e-5), key
 
 
+def test_amplification_is_the_ratio_of_the_means_of_a_logging_window(make_trainer, make_model):
+    """A constructed batch that the strong model knows by heart would rule a mean of ratios."""
+    trainer = make_trainer(weak_model=make_model(seed=2), sft_epochs=0, num_train_epochs=1, logging_steps=3)
+    windows, window, record = [], [], trainer._record
+
+    def spy(mixed, mixing_lambda, inputs):
+        if len(window) == 1:
+            mixed.strong_log_probs = torch.full_like(mixed.strong_log_probs, -1e-30)
+        record(mixed, mixing_lambda, inputs)
+        masses = [(-torch.expm1(p.double())).mean() for p in (mixed.strong_log_probs, mixed.mixed_log_probs)]
+        window.append(torch.stack(masses))
+        if len(window) == 3:
+            windows.append(torch.stack(window).mean(0).tolist())
+            window.clear()
+
+    trainer._record = spy
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "mixed_nll" in entry]
+    assert len(entries) == len(windows) == 2
+    for entry, (wrong_mass, mixed_wrong_mass) in zip(entries, windows, strict=True):
+        assert entry["amplification"] == pytest.approx(entry["mixed_wrong_mass"] / entry["wrong_mass"], rel=1e-12)
+        assert entry["amplification"] == pytest.approx(mixed_wrong_mass / wrong_mass, rel=1e-5)
+
+
+def test_amplification_is_left_out_of_a_window_without_wrong_mass(make_trainer):
+    trainer = make_trainer(sft_epochs=0, num_train_epochs=1, logging_steps=3)
+    record, steps = trainer._record, []
+
+    def spy(mixed, mixing_lambda, inputs):
+        if len(steps) < 3:
+            mixed.strong_log_probs = torch.zeros_like(mixed.strong_log_probs)
+        steps.append(None)
+        record(mixed, mixing_lambda, inputs)
+
+    trainer._record = spy
+    trainer.train()
+    first, second = [entry for entry in trainer.state.log_history if "mixed_nll" in entry]
+    assert first["wrong_mass"] == 0
+    assert "amplification" not in first
+    assert "amplification" in second
+
+
 def test_evaluation_uses_the_strong_model_alone(make_trainer, sft_run, dataset, make_model, make_args, tokenizer):
     trainer = make_trainer(num_train_epochs=2)
     trainer.train()

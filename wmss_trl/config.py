@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from .curriculum import CURRICULUM_VARIANTS
+from .option_types import check_option_types
 from .schedules import make_lambda_schedule, schedule_name
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -126,7 +127,7 @@ class WMSSConfig(SFTConfig):
             by name or path. `dtype` defaults to the strong model's.
 
     Raises:
-        ValueError: If an option is out of range or is not supported in this version.
+        ValueError: If an option is of another type, out of range or not supported in this version.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "weak_model_init_kwargs"]  # noqa: RUF012
@@ -250,6 +251,7 @@ class WMSSConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_option_types(self, WMSSConfig)
         self._check_weak_driven_options()
         if self.max_steps <= 0 and self.sft_epochs >= self.num_train_epochs and self.uses_weak_model:
             warnings.warn(
@@ -295,7 +297,7 @@ class WMSSConfig(SFTConfig):
         }
 
     def _check_weak_driven_options(self) -> None:
-        if not 0 < self.mixing_lambda <= 1:  # also false for NaN
+        if not 0 < self.mixing_lambda <= 1:
             raise ValueError(
                 f"`mixing_lambda` must be in (0, 1], got {self.mixing_lambda}. At 0 the strong model gets no "
                 "gradient; 1 is plain SFT; the paper uses 0.5."
@@ -312,7 +314,7 @@ class WMSSConfig(SFTConfig):
                 "`train_weak=True` with `mixing_lambda=1.0` gives the weak model no gradient. Lower `mixing_lambda`, "
                 "or set `train_weak=False`."
             )
-        if isinstance(self.sft_epochs, bool) or int(self.sft_epochs) != self.sft_epochs or self.sft_epochs < 0:
+        if self.sft_epochs < 0:
             raise ValueError(
                 f"`sft_epochs` must be a whole number >= 0, got {self.sft_epochs}. Use 0 to start from a model that "
                 "is already fine-tuned."
@@ -349,7 +351,7 @@ class WMSSConfig(SFTConfig):
                 f"Both `scoring_batch_size={self.scoring_batch_size}` and `scoring_tokens_per_batch="
                 f"{self.scoring_tokens_per_batch}` are set. Keep one of them."
             )
-        if isinstance(self.rescore_epochs, bool) or self.rescore_epochs < 1 or self.rescore_epochs % 1:
+        if self.rescore_epochs < 1:
             raise ValueError(f"`rescore_epochs` must be a whole number >= 1, got {self.rescore_epochs}.")
         if self.score_file is not None and not self.curriculum:
             raise ValueError(

@@ -218,6 +218,8 @@ class CurriculumSampler(Sampler[Any], TrainerCallback):
             The examples of the active set in the order of the epoch; `None` before the first redraw.
         row_sizes (`np.ndarray` of shape `(num_rows,)`):
             Number of consecutive `indices` that share a row; `None` unless the active set is packed.
+        served_epoch (`int`):
+            The epoch whose active set was iterated over last; `None` before.
     """
 
     FILE_NAME = "curriculum.npz"
@@ -262,6 +264,7 @@ class CurriculumSampler(Sampler[Any], TrainerCallback):
         self.on_redraw = on_redraw
         self.epoch: int | None = None
         self.drawn_epoch: int | None = None
+        self.served_epoch: int | None = None
         self.weak_entropy: np.ndarray | None = None
         self.strong_entropy: np.ndarray | None = None
         self.weights: np.ndarray | None = None
@@ -270,6 +273,7 @@ class CurriculumSampler(Sampler[Any], TrainerCallback):
 
     def __iter__(self) -> Iterator[int | tuple[int, ...]]:
         """The indices of the active set, or tuples of those that share a row."""
+        self.served_epoch = self.drawn_epoch
         if self.row_sizes is None:
             return iter(self.indices.tolist())
         return (tuple(row.tolist()) for row in np.split(self.indices, self.row_sizes.cumsum()[:-1]))

@@ -1,6 +1,7 @@
 """Epochs of two lengths in one run: the whole data set in phase 1, the active set in the weak-driven epochs."""
 
 import math
+import operator
 from dataclasses import dataclass
 
 
@@ -48,3 +49,10 @@ class EpochPlan:
         """Number of epochs that `max_steps` optimizer steps touch."""
         epoch, within = self.locate(max_steps)
         return epoch + (within > 0)
+
+
+def batches_per_process(num_examples: int, batch_size: int, num_processes: int, drop_last: bool) -> int:
+    """Length of the data loader of each process before there is one. The Trainer's last batches are filled up, unless
+    they are dropped."""
+    divide = operator.floordiv if drop_last else lambda a, b: math.ceil(a / b)
+    return divide(divide(num_examples, batch_size), num_processes)

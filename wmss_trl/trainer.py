@@ -22,7 +22,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -34,9 +34,10 @@ from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
 from .engines import LateParameters, check_engine, checkpoint_form, engine_name, whole_state_dict
-from .epochs import EpochPlan
+from .epochs import EpochPlan, batches_per_process
 from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter, whole_lm_head
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
+from .phases import Phases
 from .ranking import AUTO, markdown_ranking, rank_checkpoints
 from .refresh import WeakRefresh
 from .run_state import check_same_run
@@ -134,6 +135,10 @@ class WMSSTrainer(SFTTrainer):
         if args.train_weak and args.sft_epochs:
             args.ddp_find_unused_parameters = True
         self._documents: Dataset | None = None
+        # Until it is known that a weak-driven step is due, see `_plan_phases`
+        self._tag_names = [tag for tag in self._tag_names if tag != "wmss"]
+        self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
+        self._phases: Phases | None = None
         super().__init__(
             model=model,
             args=args,
@@ -210,6 +215,32 @@ class WMSSTrainer(SFTTrainer):
             )
             self.curriculum_sampler = self._activation.sampler
             self.add_callback(self.curriculum_sampler)
+        self._plan_phases(weak_model)
+
+    def _plan_phases(self, weak_model: PreTrainedModel | str | None) -> None:
+        """See what the run is going to be, and tag the model as one of WMSS unless it is plain SFT."""
+        args, sft_steps = self.args, 0
+        if args.sft_epochs:
+            batches = batches_per_process(
+                len(self.train_dataset),
+                args.train_batch_size,
+                self.accelerator.num_processes,
+                args.dataloader_drop_last,
+            )
+            plan = EpochPlan(args.sft_epochs, batches, batches, args.gradient_accumulation_steps)
+            sft_steps = plan.total_steps(args.sft_epochs)
+        weak_model = args.weak_model_name_or_path if weak_model is None else weak_model
+        if weak_model is None:
+            weak_model = "M0 (the model as handed in)"
+        elif not isinstance(weak_model, str):
+            weak_model = f"the {type(weak_model).__name__} handed in"
+        # A subclass that has its own loss has its own idea of mixing
+        counts_mixed_losses = args.mixes_logits and type(self).compute_loss is WMSSTrainer.compute_loss
+        self._phases = Phases(args, weak_model, self.curriculum_sampler, counts_mixed_losses, sft_steps)
+        self.add_callback(self._phases)
+        if self._phases.has_weak_driven:
+            del self._tag_names, self._name, self._paper
+            self.model.add_model_tags(self._tag_names)
 
     @staticmethod
     def _as_wmss_config(args: TrainingArguments | None, model: "str | PreTrainedModel") -> WMSSConfig:
@@ -243,7 +274,8 @@ class WMSSTrainer(SFTTrainer):
         return self._activation.table()
 
     def _report_redraw(self, metrics: dict[str, float]) -> None:
-        """Log a redraw with the next step, and draw it."""
+        """Announce a redraw, log it with the next step, and draw it."""
+        self._phases.announce_redraw(metrics)
         if self.curriculum_sampler.drawn_epoch == self.args.sft_epochs:
             self._activation.warn_if_too_close()
         for key, value in metrics.items():
@@ -256,6 +288,23 @@ class WMSSTrainer(SFTTrainer):
                 log_image("curriculum/active_set", path, self.callback_handler.callbacks, self.state.global_step)
             except OSError as error:  # such as a full disk, which is no reason to lose the run
                 warnings.warn(f"The figure {path} cannot be written ({error}).", stacklevel=2)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        See [`~transformers.Trainer.train`].
+
+        Raises:
+            RuntimeError: If the run went beyond phase 1 and yet did no weak-driven step.
+        """
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self._phases is not None:
+            self._phases.check(self.state)
+        return output
 
     def compute_loss(
         self,
@@ -293,6 +342,7 @@ class WMSSTrainer(SFTTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         self._record(mixed, mixing_lambda, inputs)
+        self._phases.loss_was_mixed = True
         return (loss, outputs) if return_outputs else loss
 
     def _mixing_lambda(self) -> float:
@@ -426,12 +476,19 @@ class WMSSTrainer(SFTTrainer):
         totals = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
         num_tokens, items, *totals = totals.tolist()
         means = dict(zip(list(sums)[2:], (total / max(items, 1) for total in totals), strict=True))
-        means["amplification"] = means["mixed_wrong_mass"] / max(means["wrong_mass"], torch.finfo(torch.float32).tiny)
         means["mixing_lambda"] = mixing_lambda
         for key, value in means.items():
             self._metrics["train"][key].append(value)
         self._total_train_tokens += int(num_tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the amplification: of the means since the last log, since a batch with hardly any wrong mass would rule
+        a mean of ratios."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if (wrong_mass := sum(metrics.get("wrong_mass", []))) > 0:
+            metrics["amplification"] = [sum(metrics["mixed_wrong_mass"]) / wrong_mass]
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -445,8 +502,14 @@ class WMSSTrainer(SFTTrainer):
     # The overrides below give the weak-driven epochs their own data loader and length. Private to transformers,
     # checked with 5.23: one data loader and one epoch length serve the whole run there.
 
+    def _reached(self, override: str) -> None:
+        """Note that the Trainer has called an override, which it would not do under another name."""
+        if self._phases is not None:
+            self._phases.reached.add(override)
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         values = super().set_initial_training_values(args, dataloader)
+        self._reached("set_initial_training_values")
         epochs, steps_per_epoch, num_examples, num_samples, batch_size, full_batches, max_steps = values
         active_batches = full_batches
         if self.curriculum_sampler is not None:
@@ -489,10 +552,12 @@ class WMSSTrainer(SFTTrainer):
         epoch, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        self._reached("_init_training_state")
         if self.curriculum_sampler is not None:
             self._activation.compare_with_initial_model()
             self.curriculum_sampler.drawn_epoch = None
             if resume_from_checkpoint is not None:
+                self._phases.check_reached("set_initial_training_values")  # which makes the plan
                 epoch, steps = self._plan.locate(self.state.global_step)
                 batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
         self._crossover = None
@@ -550,12 +615,13 @@ class WMSSTrainer(SFTTrainer):
         num_update_steps_per_epoch: int,
         **kwargs: Any,
     ) -> None:
+        self._reached("_run_epoch")
         self._weak_driven = epoch >= self.args.sft_epochs
         sampler = self.curriculum_sampler
         if sampler is not None:
-            steps_in_epoch, num_update_steps_per_epoch = self._plan.batches(epoch), self._plan.steps(epoch)
             if self._weak_driven:
                 train_dataloader = self._active_dataloader
+                steps_in_epoch, num_update_steps_per_epoch = self._plan.batches(epoch), self._plan.steps(epoch)
                 self._activation.fill_hidden_cache()
             else:
                 self._activation.score_initial_model()
