@@ -1,4 +1,6 @@
 import json
+import os
+import re
 
 import numpy as np
 import pandas
@@ -10,6 +12,7 @@ from conftest import sums
 from datasets import Dataset, load_dataset
 
 from wmss_trl import WMSSTrainer, draw_active_set, sampling_weights
+from wmss_trl.files import replacing
 from wmss_trl.score_files import ScoreCache, ScoreTable
 
 
@@ -279,6 +282,31 @@ def test_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):
         ScoreTable(np.ones(4, dtype=int), np.ones(4), np.ones(4), {}).write(path)
     assert path.read_bytes() == before
     assert json.loads(pq.read_schema(path).metadata[b"wmss_trl"]) == {"train_dataset": "a"}
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """A second run begins to write before the first has put its file in place."""
+    target = tmp_path / "scores.npz"
+    with replacing(target) as first:
+        first.write_bytes(b"first")
+        with replacing(target) as second:
+            second.write_bytes(b"second")
+        assert target.read_bytes() == b"second"
+    assert target.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_writer_has_left_is_removed(tmp_path):
+    old, recent, other = (tmp_path / f"{name}.partial.npz" for name in ("scores.1", "scores.2", "else.1"))
+    for path in (old, recent, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    with replacing(tmp_path / "scores.npz") as partial:
+        partial.touch()
+    assert not old.exists()
+    assert recent.exists()  # somebody may still be writing it
+    assert other.exists()
 
 
 def test_scores_of_another_number_of_examples_are_not_read(tmp_path):

@@ -18,6 +18,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from .files import replacing
+
 CURRICULUM_VARIANTS = ("released", "v1", "v2")
 
 
@@ -357,10 +359,8 @@ class CurriculumSampler(Sampler[Any], TrainerCallback):
             return
         if self.drawn_epoch is not None:
             arrays["epoch"] = np.array(self.drawn_epoch)
-        target = Path(folder) / self.FILE_NAME
-        partial = target.with_suffix(".partial.npz")
-        np.savez(partial, **arrays)
-        partial.replace(target)
+        with replacing(Path(folder) / self.FILE_NAME) as partial:
+            np.savez(partial, **arrays)
 
     def load(self, folder: str | Path) -> None:
         """Take up the scores and the draw saved in `folder`; what it does not hold is still to come."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import nn
 
 from .curriculum import check_finite, draw_active_set, sampling_weights
+from .files import replacing
 from .scoring import DataCollator, score_models
 from .weak_cache import HiddenCache
 
@@ -130,15 +131,11 @@ class ScoreCache:
     def _write(self, path: Path, entropy: np.ndarray, fingerprint: str) -> None:
         if not self._writable:
             return
-        partial = path.with_suffix(".partial.npz")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            np.savez(partial, entropy=entropy, identity=json.dumps(self.identity | {"model": fingerprint}))
-            partial.replace(path)
+            with replacing(path) as partial:
+                np.savez(partial, entropy=entropy, identity=json.dumps(self.identity | {"model": fingerprint}))
         except OSError as error:
             self._writable = False
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
             warnings.warn(
                 f"Scores cannot be kept in {self.folder} ({error}): the run goes on without. If it is interrupted, "
                 "scoring starts anew. Free some space, or set `score_cache_dir`.",
@@ -238,11 +235,8 @@ class ScoreTable:
 
     def write(self, path: str | Path) -> None:
         """Write a Parquet file; an interrupted write leaves what was there."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        pq.write_table(self._arrow(), partial)
-        partial.replace(path)
+        with replacing(Path(path)) as partial:
+            pq.write_table(self._arrow(), partial)
 
     def _arrow(self) -> pa.Table:
         columns = {
