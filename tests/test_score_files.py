@@ -257,6 +257,12 @@ def test_missing_and_repeated_indices_and_columns_are_refused(make_trainer, tmp_
         ScoreTable.read(path)
 
 
+def test_scores_that_rounding_has_made_negative_are_read_as_zero(tmp_path):
+    columns = {"index": [0, 1], "tokens": [3, 3], "weak_entropy": [1.0, -1e-8], "strong_entropy": [0.5, 0.5]}
+    pandas.DataFrame(columns).to_parquet(tmp_path / "scores.parquet")
+    assert ScoreTable.read(tmp_path / "scores.parquet").weak_entropy.tolist() == [1, 0]
+
+
 def test_draw_of_a_table_follows_its_options():
     rng = np.random.default_rng(0)
     table = ScoreTable(np.ones(50, dtype=int), rng.random(50), rng.random(50), {})

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 
-from .curriculum import check_finite, draw_active_set, sampling_weights
+from .curriculum import checked_entropy, draw_active_set, sampling_weights
 from .files import replacing
 from .scoring import DataCollator, score_models
 from .weak_cache import HiddenCache
@@ -201,8 +201,8 @@ class ScoreTable:
                 f"missing{f' and {_some(repeated)} are repeated' if len(repeated) else ''}. Score the data set again."
             )
         tokens, weak_entropy, strong_entropy = (column[np.argsort(index)] for column in columns)
-        for name, entropy in (("weak_entropy", weak_entropy), ("strong_entropy", strong_entropy)):
-            check_finite(f"{name} in {path}", entropy)
+        weak_entropy = checked_entropy(f"weak_entropy in {path}", weak_entropy)
+        strong_entropy = checked_entropy(f"strong_entropy in {path}", strong_entropy)
         identity = json.loads((table.schema.metadata or {}).get(b"wmss_trl", b"{}"))
         return cls(tokens, weak_entropy.astype(np.float32), strong_entropy.astype(np.float32), identity)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .curriculum import check_finite
+from .curriculum import checked_entropy
 from .lm_head import LMHead, evaluating, unwrap_adapter, whole_lm_head
 from .losses import linear_entropy, next_token_targets, token_entropy
 
@@ -166,8 +166,7 @@ def score_models(
                 scores = accelerator.reduce(scores, reduction="sum")
             indices = np.concatenate(shard)
             for name, values in zip(models, scores.cpu().numpy(), strict=True):
-                check_finite(f"entropy ({description}, {name})", values, indices)
-                entropies[name][indices] = values
+                entropies[name][indices] = checked_entropy(f"entropy ({description}, {name})", values, indices)
             if on_progress is not None:
                 on_progress(entropies)
     return entropies
