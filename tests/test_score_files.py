@@ -263,6 +263,17 @@ def test_scores_that_rounding_has_made_negative_are_read_as_zero(tmp_path):
     assert ScoreTable.read(tmp_path / "scores.parquet").weak_entropy.tolist() == [1, 0]
 
 
+def test_a_score_file_that_is_missing_or_no_parquet_is_refused(make_trainer, tmp_path):
+    missing, text = str(tmp_path / "none.parquet"), str(tmp_path / "text")
+    (tmp_path / "text").write_text("no table")
+    with pytest.raises(ValueError, match=r"none.parquet does not exist.*`wmss-trl score`"):
+        ScoreTable.read(missing)
+    with pytest.raises(ValueError, match=r"text is not a Parquet file.*`wmss-trl score`"):
+        make_trainer(sft_epochs=0, score_file=text)
+    with pytest.raises(ValueError, match=r"`score_file=.*none.parquet'` does not exist.*`wmss-trl score`"):
+        make_trainer("no/such-model", sft_epochs=0, score_file=missing)  # said before it is loaded
+
+
 def test_draw_of_a_table_follows_its_options():
     rng = np.random.default_rng(0)
     table = ScoreTable(np.ones(50, dtype=int), rng.random(50), rng.random(50), {})

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
@@ -37,6 +38,11 @@ def check_call(
         )
     if args.uses_weak_model and compute_loss_func is not None:
         raise ValueError("`compute_loss_func` cannot be combined with the mixed loss. Remove it.")
+    if (file := args.score_file) is not None and "://" not in file and not Path(file).exists():
+        raise ValueError(
+            f"`score_file={file!r}` does not exist. Write it with `wmss-trl score`, or remove `score_file` to let the "
+            "run score the data set itself."
+        )
     streaming = isinstance(train_dataset, IterableDataset)
     if args.uses_weak_model and streaming and (args.curriculum or args.sft_epochs):
         raise ValueError(

@@ -182,9 +182,14 @@ class ScoreTable:
         Read a Parquet file, in whatever order its rows are.
 
         Raises:
-            ValueError: If a column is missing, or the indices are not 0 to n-1, each once.
+            ValueError: If it is no such file, a column is missing, or the indices are not 0 to n-1, each once.
         """
-        table = pq.read_table(path)
+        try:
+            table = pq.read_table(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} does not exist. Write it with `wmss-trl score`.") from error
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a Parquet file ({error}). Write one with `wmss-trl score`.") from error
         required = ("index", "tokens", "weak_entropy", "strong_entropy")
         lacking = [column for column in required if column not in table.column_names]
         if lacking:
