@@ -278,16 +278,24 @@ class DataActivation:
             self.sampler.weak_entropy, _ = self.score()
 
     def warn_if_too_close(self) -> None:
-        """Say so before the first weak-driven epoch if the weak model can hardly help."""
+        """Say so before the first weak-driven epoch if the weak model can hardly help, or looks better."""
         weak_entropy, strong_entropy = self.sampler.weak_entropy.mean(), self.sampler.strong_entropy.mean()
         gap = relative_gap(weak_entropy, strong_entropy)
-        if gap < MIN_RELATIVE_GAP and self.accelerator.is_main_process:
-            warnings.warn(
-                f"The weak model is close to the strong one: mean entropy {weak_entropy:.4f} nats against "
-                f"{strong_entropy:.4f}, a relative gap of {gap:.1%} (below {MIN_RELATIVE_GAP:.0%}). The paper reports "
-                "losses then. Use an earlier checkpoint (`wmss-trl rank-weak` compares them), or more SFT epochs.",
-                stacklevel=2,
+        if gap >= MIN_RELATIVE_GAP or not self.accelerator.is_main_process:
+            return
+        figures = f"mean entropy {weak_entropy:.4f} nats against {strong_entropy:.4f}, a relative gap of {gap:.1%}"
+        if gap > -MIN_RELATIVE_GAP:
+            message = (
+                f"The weak model is close to the strong one: {figures} (below {MIN_RELATIVE_GAP:.0%}). The paper "
+                "reports losses then. Use an earlier checkpoint (`wmss-trl rank-weak` compares them), or more SFT "
+                "epochs."
             )
+        else:
+            message = (
+                f"The weak model is more certain than the strong one: {figures}. It looks like the better of the two: "
+                "perhaps `model` and `weak_model` are swapped. The weak model should be an earlier checkpoint."
+            )
+        warnings.warn(message, stacklevel=2)
 
     def table(self) -> ScoreTable:
         """Scores, weights and draw of the first weak-driven epoch, with the strong model as it is now."""
