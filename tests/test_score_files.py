@@ -161,6 +161,26 @@ def test_a_damaged_cache_is_computed_anew(make_trainer, tmp_path):
     assert losses(again) == losses(first)
 
 
+@pytest.mark.parametrize(
+    ("sft_epochs", "own_weak_model", "labels"),
+    [
+        (1, False, ["weak model (M0)", "strong model"]),
+        (0, False, ["weak and strong model (M0)", "strong model"]),
+        (1, True, ["strong and weak models", "strong model"]),
+    ],
+)
+def test_progress_bars_say_what_is_scored(make_trainer, make_model, capsys, sft_epochs, own_weak_model, labels):
+    trainer = make_trainer(
+        weak_model=make_model(seed=1) if own_weak_model else None,
+        sft_epochs=sft_epochs,
+        num_train_epochs=sft_epochs + (2 if own_weak_model or not sft_epochs else 1),
+        disable_tqdm=False,
+    )
+    trainer.train()
+    shown = re.findall(r"Scoring, ([^:]*):", capsys.readouterr().err)
+    assert list(dict.fromkeys(shown)) == labels
+
+
 # The table
 
 

@@ -240,7 +240,11 @@ class DataActivation:
             weak_entropy = None
         strong = self._model_fingerprint()
         models, fingerprints = {"strong": lambda: nullcontext(self.model)}, {"strong": strong}
-        if weak_entropy is None and not self._strong_is_initial():
+        description = None
+        if weak_entropy is None and self._strong_is_initial():
+            is_first_draw = self.args.sft_epochs == 0
+            description = f"Scoring, weak {'and strong ' if is_first_draw else ''}model (M0)"
+        elif weak_entropy is None:
             models["weak"] = self.weak_reference.activated
             changes = self.args.changes_weak_model
             fingerprints["weak"] = (
@@ -249,7 +253,7 @@ class DataActivation:
         with self.accelerator.autocast():
             name = "weak" if "weak" in models else "strong"
             hidden_caches = {name: self.hidden_cache} if fill_cache else None
-            entropies = self.score_cache.score(models, fingerprints, hidden_caches)
+            entropies = self.score_cache.score(models, fingerprints, hidden_caches, description)
         if weak_entropy is None:
             weak_entropy = entropies.get("weak", entropies["strong"])
         return weak_entropy, entropies["strong"]

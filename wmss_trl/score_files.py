@@ -65,6 +65,7 @@ class ScoreCache:
         models: Mapping[str, Activated],
         fingerprints: Mapping[str, str],
         hidden_caches: Mapping[str, HiddenCache] | None = None,
+        description: str | None = None,
     ) -> dict[str, np.ndarray]:
         """
         Entropies of the models, read as far as they are on disk and computed in one pass where they are not.
@@ -76,6 +77,8 @@ class ScoreCache:
                 Identity of each model, see [`~wmss_trl.weak.fingerprint`].
             hidden_caches (`dict[str, HiddenCache]`, *optional*):
                 Where to keep the hidden states of some of the models.
+            description (`str`, *optional*):
+                Label of the progress bar. Defaults to the names of the models.
 
         Returns:
             `dict[str, np.ndarray]`: float32 entropies in nats, each of shape `(n,)`.
@@ -105,7 +108,7 @@ class ScoreCache:
             self.dataset,
             self.data_collator,
             accelerator=self.accelerator,
-            description=f"Scoring, {' and '.join(missing)} model{'s' if len(missing) > 1 else ''}",
+            description=description or f"Scoring, {' and '.join(missing)} model{'s' if len(missing) > 1 else ''}",
             known={name: known[name] for name in missing if name in known},
             on_progress=save,
             on_hidden={name: cache.write for name, cache in (hidden_caches or {}).items()},
