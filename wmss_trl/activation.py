@@ -49,6 +49,8 @@ class DataActivation:
             Data collator of the run.
         accelerator ([`~accelerate.Accelerator`]):
             Accelerator of the run.
+        num_given (`int`):
+            Number of examples before the data set was prepared.
         weak_is_initial (`bool`):
             Whether the weak model is the strong one as it is now (M0).
         steps_done (`Callable[[], int]`):
@@ -78,6 +80,7 @@ class DataActivation:
         data_collator: DataCollator,
         accelerator: Accelerator,
         *,
+        num_given: int,
         weak_is_initial: bool,
         steps_done: Callable[[], int],
         on_redraw: Callable[[dict[str, float]], None],
@@ -119,10 +122,15 @@ class DataActivation:
         )
         batch_size = args.per_device_train_batch_size * accelerator.num_processes
         if len(self.sampler) < batch_size:
+            lost = num_given - len(self.dataset)
+            cut = (
+                f" {lost} of the {num_given} examples given were dropped, since `max_length={args.max_length}` leaves"
+            )
             raise ValueError(
                 f"The active set (`active_fraction={args.active_fraction}` of {len(train_dataset)} examples) has "
                 f"{len(self.sampler)} examples, less than one batch of {batch_size}. Use more data, a larger "
                 "`active_fraction` or a smaller `per_device_train_batch_size`."
+                f"{f'{cut} them no supervised token.' if lost > 0 else ''}"
             )
         if args.plot_curriculum and find_spec("matplotlib") is None:
             warnings.warn(

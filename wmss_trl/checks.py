@@ -58,6 +58,28 @@ def check_call(
         )
 
 
+def check_examples(
+    args: "WMSSConfig", given: Dataset | IterableDataset | None, prepared: Dataset | IterableDataset | None
+) -> None:
+    """
+    Check that `SFTTrainer`, which drops the examples that truncation leaves without a label, has left some.
+
+    Args:
+        args ([`WMSSConfig`]):
+            Arguments of the run.
+        given, prepared (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
+            The examples before and after.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    if isinstance(given, Dataset) and isinstance(prepared, Dataset) and len(given) and not len(prepared):
+        raise ValueError(
+            f"`max_length={args.max_length}` leaves none of the {len(given)} examples of `train_dataset` a supervised "
+            "token: their prompts alone are that long. Raise `max_length`, or set `truncation_mode='keep_end'`."
+        )
+
+
 def check_model(model: "PreTrainedModel | PeftModel", has_images: bool) -> None:
     """
     Check that a model and its data can be trained with a weak model.

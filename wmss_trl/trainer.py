@@ -29,7 +29,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
-from .checks import check_call, check_lm_heads, check_model, check_replicated
+from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
@@ -151,6 +151,7 @@ class WMSSTrainer(SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        check_examples(args, train_dataset, self.train_dataset if self._documents is None else self._documents)
         # A step outside `train` uses the loss that the run starts with
         self._weak_driven = args.sft_epochs == 0
         self._plan: EpochPlan | None = None
@@ -203,6 +204,7 @@ class WMSSTrainer(SFTTrainer):
                 self._documents,
                 self.data_collator,
                 self.accelerator,
+                num_given=len(train_dataset),
                 weak_is_initial=weak_model is None and args.weak_model_name_or_path is None,
                 steps_done=lambda: self.state.global_step,
                 on_redraw=self._report_redraw,
