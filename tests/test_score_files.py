@@ -181,6 +181,23 @@ def test_progress_bars_say_what_is_scored(make_trainer, make_model, capsys, sft_
     assert list(dict.fromkeys(shown)) == labels
 
 
+@pytest.mark.parametrize(("train_batch_size", "eval_batch_size"), [(1, 8), (8, 2)])
+def test_scoring_needs_no_more_tokens_than_training_or_evaluation(make_trainer, train_batch_size, eval_batch_size):
+    trainer = make_trainer(
+        sft_epochs=0,
+        num_train_epochs=1,
+        per_device_train_batch_size=train_batch_size,
+        per_device_eval_batch_size=eval_batch_size,
+    )
+    longest = max(map(len, trainer.train_dataset["input_ids"]))
+    tokens, model = [], trainer.model
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    trainer.score_table()
+    assert max(tokens) <= min(train_batch_size, eval_batch_size) * longest
+
+
 # The table
 
 

@@ -170,9 +170,11 @@ class DataActivation:
             padding_free = is_flash_attention_requested(config)
             collator = DataCollatorForLanguageModeling(collator.pad_token_id, padding_free=padding_free)
             dataset = dataset.select_columns([c for c in ("input_ids", "labels") if c in dataset.column_names])
+        # No more than training and evaluation can hold: scoring has no backward pass
+        batch_size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         tokens_per_batch = args.scoring_tokens_per_batch
         if tokens_per_batch is None and args.scoring_batch_size is None:
-            tokens_per_batch = args.per_device_eval_batch_size * int(lengths.max())
+            tokens_per_batch = batch_size * int(lengths.max())
         return ScoreCache(
             args.score_cache_dir or Path(args.output_dir) / "_scores",
             {
@@ -183,7 +185,7 @@ class DataActivation:
             dataset,
             collator,
             self.accelerator,
-            batch_size=args.scoring_batch_size or args.per_device_eval_batch_size,
+            batch_size=args.scoring_batch_size or batch_size,
             tokens_per_batch=tokens_per_batch,
             disable_tqdm=args.disable_tqdm,
             buffer_bytes=args.logits_buffer_mb * 2**20,

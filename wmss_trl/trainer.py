@@ -317,7 +317,7 @@ class WMSSTrainer(SFTTrainer):
                 collator = CachedHiddenCollator(collator, cache)
         sample = dataset.shuffle(seed=self.args.draw_seed).select(range(min(256, len(dataset))))
         norms = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        batch_size = self.args.per_device_eval_batch_size
+        batch_size = min(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
         with undisturbed_random_state(), evaluating(self.model), self.accelerator.autocast():
             for start in range(0, len(sample), batch_size):
                 batch = self._prepare_inputs(
