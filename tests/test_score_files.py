@@ -198,6 +198,16 @@ def test_scoring_needs_no_more_tokens_than_training_or_evaluation(make_trainer, 
     assert max(tokens) <= min(train_batch_size, eval_batch_size) * longest
 
 
+def test_scoring_pads_as_training_does(make_trainer):
+    trainer = make_trainer(sft_epochs=0, num_train_epochs=1, pad_to_multiple_of=16)
+    widths, model = set(), trainer.model
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: widths.add(inputs["input_ids"].size(1) % 16), with_kwargs=True
+    )
+    trainer.train()
+    assert widths == {0}
+
+
 # The table
 
 

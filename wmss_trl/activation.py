@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,17 +18,21 @@ from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .collation import DataCollator, collated_sample, collator_name, supervised_tokens
 from .curriculum import CurriculumSampler
 from .packing import PackedDocuments, pack_prefix
 from .ranking import MIN_RELATIVE_GAP, relative_gap
 from .score_files import ScoreCache, ScoreTable
-from .scoring import DataCollator, dataset_fingerprint, example_lengths, supervised_token_counts
+from .scoring import dataset_fingerprint, example_lengths, supervised_token_counts
 from .sharding import parameters_at_rest, whole_shape
 from .weak import WeakReference, fingerprint
 from .weak_cache import HiddenCache
 
 if TYPE_CHECKING:
     from .config import WMSSConfig
+
+# Examples from which a user's data collator is recognised and checked
+_COLLATOR_SAMPLE = 256
 
 
 class DataActivation:
@@ -47,6 +52,8 @@ class DataActivation:
             The documents of a `train_dataset` that is packed.
         data_collator (`Callable`):
             Data collator of the run.
+        columns (`list[str]`, *optional*):
+            Columns of the data set that it gets; all of them if `None`.
         accelerator ([`~accelerate.Accelerator`]):
             Accelerator of the run.
         num_given (`int`):
@@ -78,6 +85,7 @@ class DataActivation:
         train_dataset: Dataset,
         documents: Dataset | None,
         data_collator: DataCollator,
+        columns: list[str] | None,
         accelerator: Accelerator,
         *,
         num_given: int,
@@ -137,8 +145,17 @@ class DataActivation:
                 "`plot_curriculum=True` needs matplotlib. Install `wmss_trl[plots]`, or set `plot_curriculum=False`.",
                 stacklevel=3,
             )
-        self.hidden_cache = self._make_hidden_cache() if args.weak_cache is not None else None
-        self.score_cache = self._make_score_cache(data_collator, lengths)
+        collator, columns = self._scoring_collator(data_collator, columns)
+        scored = self.dataset.select_columns(columns)
+        identity = {
+            "train_dataset": self.fingerprint,
+            "precision": accelerator.mixed_precision,
+            "attention": model.config._attn_implementation,
+        }
+        if type(collator) is not DataCollatorForLanguageModeling:  # the user's, which may change tokens and labels
+            identity["collator"] = self._inspect_collator(collator, scored, lengths)
+        self.hidden_cache = self._make_hidden_cache(identity) if args.weak_cache is not None else None
+        self.score_cache = self._make_score_cache(identity, scored, collator, lengths)
         self.score_file = self._read_score_file() if args.score_file is not None else None
 
     def _count_tokens(self, documents: Dataset | None) -> np.ndarray:
@@ -163,13 +180,50 @@ class DataActivation:
             )
         return token_counts
 
-    def _make_score_cache(self, collator: DataCollator, lengths: np.ndarray) -> ScoreCache:
-        args, config, dataset = self.args, self.model.config, self.dataset
-        if isinstance(collator, DataCollatorForLanguageModeling):
+    def _scoring_collator(self, collator: DataCollator, columns: list[str] | None) -> tuple[DataCollator, list[str]]:
+        """What collates the examples that are scored, and the columns that it gets: a user's collator is used as it
+        is, since its labels may be others (TRL's checked with TRL 1.16)."""
+        if type(collator) is DataCollatorForLanguageModeling:
             # Without padding only where the attention kernels then skip the other examples
-            padding_free = is_flash_attention_requested(config)
-            collator = DataCollatorForLanguageModeling(collator.pad_token_id, padding_free=padding_free)
-            dataset = dataset.select_columns([c for c in ("input_ids", "labels") if c in dataset.column_names])
+            collator = replace(collator, padding_free=is_flash_attention_requested(self.model.config))
+            columns = ["input_ids", "labels"]
+        return collator, [name for name in self.dataset.column_names if columns is None or name in columns]
+
+    def _inspect_collator(self, collator: DataCollator, dataset: Dataset, lengths: np.ndarray) -> str:
+        """Identity of a user's collator by what it makes of a sample, which must be right for `weak_cache`."""
+        size = min(len(dataset), _COLLATOR_SAMPLE)
+        sample = np.linspace(0, len(dataset) - 1, size).round().astype(int)
+        batch_size = self.args.per_device_eval_batch_size
+        digest, batches = collated_sample(collator, dataset, sample, batch_size, seed=0)
+        name = collator_name(collator)
+        if self.args.weak_cache is not None:
+            remedy = "Set `weak_cache=None`, or leave `data_collator` to the trainer."
+            if digest != collated_sample(collator, dataset, sample, batch_size, seed=1)[0]:
+                raise ValueError(
+                    f"`weak_cache='hidden'` keeps one hidden state per supervised token, but `data_collator` ({name}) "
+                    f"makes another batch of the same examples each time. {remedy}"
+                )
+            parts = [sample[start : start + batch_size] for start in range(0, size, batch_size)]
+            counts = np.concatenate(
+                [
+                    supervised_tokens(batch, lengths[part], part, collator)
+                    for batch, part in zip(batches, parts, strict=True)
+                ]
+            )
+            expected = self.token_counts[sample]
+            if len(other := np.flatnonzero(counts != expected)):
+                shown = ", ".join(f"{sample[i]} ({counts[i]}, not {expected[i]})" for i in other[:5])
+                raise ValueError(
+                    f"`weak_cache='hidden'` keeps one hidden state per supervised token of `train_dataset`, but "
+                    f"`data_collator` ({name}) changes their number: examples {shown}"
+                    f"{' and more' if len(other) > 5 else ''}. {remedy}"
+                )
+        return f"{name} {digest}"
+
+    def _make_score_cache(
+        self, identity: dict[str, str], dataset: Dataset, collator: DataCollator, lengths: np.ndarray
+    ) -> ScoreCache:
+        args = self.args
         # No more than training and evaluation can hold: scoring has no backward pass
         batch_size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         tokens_per_batch = args.scoring_tokens_per_batch
@@ -177,11 +231,7 @@ class DataActivation:
             tokens_per_batch = batch_size * int(lengths.max())
         return ScoreCache(
             args.score_cache_dir or Path(args.output_dir) / "_scores",
-            {
-                "train_dataset": self.fingerprint,
-                "precision": self.accelerator.mixed_precision,
-                "attention": config._attn_implementation,
-            },
+            identity,
             dataset,
             collator,
             self.accelerator,
@@ -191,22 +241,16 @@ class DataActivation:
             buffer_bytes=args.logits_buffer_mb * 2**20,
         )
 
-    def _make_hidden_cache(self) -> HiddenCache:
-        args, precision = self.args, self.accelerator.mixed_precision
+    def _make_hidden_cache(self, identity: dict[str, str]) -> HiddenCache:
+        args = self.args
         weight = self.weak_reference.lm_head().weight
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}  # in which the LM head multiplies anyway
-        identity = {
-            "train_dataset": self.fingerprint,
-            "model": self.weak_reference.fingerprint,
-            "precision": precision,
-            "attention": self.model.config._attn_implementation,
-        }
         cache = HiddenCache(
             args.weak_cache_dir or Path(args.output_dir) / "_weak_cache",
-            identity,
+            identity | {"model": self.weak_reference.fingerprint},
             self.token_counts,
             whole_shape(weight)[1],
-            dtypes.get(precision, weight.dtype),
+            dtypes.get(self.accelerator.mixed_precision, weight.dtype),
         )
         cache.check_room()
         return cache

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .collation import DataCollator
 from .diagnostics import crossover_lambda
 from .lm_head import LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import next_token_targets
-from .scoring import DataCollator, example_lengths, length_batches
+from .scoring import example_lengths, length_batches
 from .tiles import project, transform_logits_
 from .weak import check_same_vocabulary, load_tokenizer, load_weak_model
 

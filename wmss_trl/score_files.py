@@ -18,9 +18,10 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 
+from .collation import DataCollator
 from .curriculum import checked_entropy, draw_active_set, sampling_weights
 from .files import replacing
-from .scoring import DataCollator, score_models
+from .scoring import score_models
 from .weak_cache import HiddenCache
 
 Activated = Callable[[], AbstractContextManager[nn.Module]]

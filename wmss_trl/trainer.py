@@ -30,6 +30,7 @@ from trl.trainer.utils import get_config_model_id
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
 from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated
+from .collation import undisturbed_random_state
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
@@ -42,9 +43,8 @@ from .refresh import WeakRefresh
 from .run_state import check_same_run
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
-from .scoring import undisturbed_random_state
 from .weak import WeakReference, make_weak_reference
-from .weak_cache import INDEX_COLUMN, CachedHiddenCollator
+from .weak_cache import INDEX_COLUMN, CachedHiddenCollator, check_positions
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -203,6 +203,7 @@ class WMSSTrainer(SFTTrainer):
                 self.train_dataset,
                 self._documents,
                 self.data_collator,
+                self._used_columns(),
                 self.accelerator,
                 num_given=len(train_dataset),
                 weak_is_initial=weak_model is None and args.weak_model_name_or_path is None,
@@ -309,9 +310,9 @@ class WMSSTrainer(SFTTrainer):
 
     def _measure_crossover(self) -> float:
         """Crossover of both models' logits over the supervised tokens of up to 256 examples (paper v2)."""
-        dataset, collator = self.train_dataset, self.data_collator
+        dataset, collator = self._remove_unused_columns(self.train_dataset), self.data_collator
         if self._activation is not None:
-            dataset, collator = self._activation.dataset, self._activation.score_cache.data_collator
+            dataset, collator = self._activation.score_cache.dataset, self._activation.score_cache.data_collator
             if (cache := self._activation.hidden_cache) is not None:
                 dataset = dataset.add_column(INDEX_COLUMN, np.arange(len(dataset)))
                 collator = CachedHiddenCollator(collator, cache)
@@ -340,7 +341,10 @@ class WMSSTrainer(SFTTrainer):
     ) -> tuple[MixedLossOutput, HeadOutput]:
         """The fused form, on the hidden states of the positions that have a target."""
         positions = (targets != -100).nonzero().squeeze(-1)
-        weak_states = self.weak_reference.states(inputs, positions, inputs.pop("weak_hidden", None))
+        weak_hidden = inputs.pop("weak_hidden", None)
+        if weak_hidden is not None:
+            check_positions(len(weak_hidden), len(positions))
+        weak_states = self.weak_reference.states(inputs, positions, weak_hidden)
         mixed: MixedLossOutput | None = None
 
         def fused_loss(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
@@ -475,6 +479,11 @@ class WMSSTrainer(SFTTrainer):
             )
         finally:
             self.data_collator = collator
+
+    def _used_columns(self) -> list[str] | None:
+        """The columns that the data collator gets in training; `None` stands for all."""
+        self._set_signature_columns_if_needed()
+        return self._signature_columns if self.args.remove_unused_columns else None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
