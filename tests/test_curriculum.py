@@ -60,6 +60,17 @@ def test_bad_entropies_are_named_by_index(bad):
         sampling_weights([1, 1, 1], [1, 1, bad])
 
 
+@pytest.mark.parametrize("variant", ["released", "v1", "v2"])
+def test_entropies_that_rounding_has_made_negative_count_as_zero(variant):
+    weak, strong = np.array([1.0, -1e-8, 2.0, 0.0]), np.array([0.5, 1.0, -9e-7, 0.0])
+    weights = sampling_weights(weak, strong, variant=variant)
+    expected = brute_force_weights([1, 0, 2, 0], [0.5, 1, 0, 0], variant, 0.1, 0.8, 0.1)
+    np.testing.assert_allclose(weights, expected, rtol=0, atol=1e-15)
+    assert weights[3] == 0
+    with pytest.raises(ValueError, match=r"weak_entropy.*examples 1 \(-2e-06\)"):
+        sampling_weights([1.0, -2e-6], [1.0, 1.0])
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="variant"):
         sampling_weights([1], [1], variant="v3")

@@ -91,6 +91,21 @@ def test_no_candidate_far_enough_is_said():
     assert "Every candidate is too close" in markdown_ranking([result])
 
 
+def test_a_candidate_that_is_more_certain_than_the_strong_model_is_not_called_close():
+    swapped, close, good = (
+        Separation(n, h, 1.0, 0.6, 0.4, s, 0.5) for n, h, s in (("a", 0.4, 0.9), ("b", 1.01, 0.8), ("c", 2.0, 0.1))
+    )
+    assert [result.verdict for result in (swapped, close, good)] == ["more certain", "too close", ""]
+    text = markdown_ranking([swapped])
+    assert "| more certain |" in text
+    assert "too close" not in text
+    assert "more certain than the strong model" in text.splitlines()[-1]
+    assert "swapped" in text.splitlines()[-1]
+    both = markdown_ranking([close, swapped]).splitlines()[-1]
+    assert "too close" in both
+    assert "more certain" in both
+
+
 def test_candidates_are_checkpoints_in_the_order_of_their_steps(tmp_path):
     for name in ("checkpoint-100", "checkpoint-20", "other"):
         (tmp_path / name).mkdir()
@@ -149,3 +164,11 @@ def test_a_weak_model_that_is_too_close_gets_a_warning(
     recwarn.clear()
     train(checkpoints["run/checkpoint-100"])
     assert not [warning for warning in recwarn if "close to the strong one" in str(warning.message)]
+
+
+def test_swapped_models_get_a_warning_of_their_own(checkpoints, make_model, make_args, tokenizer, dataset, recwarn):
+    args = make_args(sft_epochs=0, num_train_epochs=1)
+    options = {"train_dataset": dataset, "processing_class": tokenizer}
+    with pytest.warns(UserWarning, match=r"weak model is more certain than the strong one: .* gap of -\d+.*swapped"):
+        WMSSTrainer(make_model(), args, weak_model=checkpoints["strong"], **options).train()
+    assert not [warning for warning in recwarn if "is close" in str(warning.message)]

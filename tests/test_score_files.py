@@ -1,4 +1,6 @@
 import json
+import os
+import re
 
 import numpy as np
 import pandas
@@ -10,6 +12,7 @@ from conftest import sums
 from datasets import Dataset, load_dataset
 
 from wmss_trl import WMSSTrainer, draw_active_set, sampling_weights
+from wmss_trl.files import replacing
 from wmss_trl.score_files import ScoreCache, ScoreTable
 
 
@@ -158,6 +161,53 @@ def test_a_damaged_cache_is_computed_anew(make_trainer, tmp_path):
     assert losses(again) == losses(first)
 
 
+@pytest.mark.parametrize(
+    ("sft_epochs", "own_weak_model", "labels"),
+    [
+        (1, False, ["weak model (M0)", "strong model"]),
+        (0, False, ["weak and strong model (M0)", "strong model"]),
+        (1, True, ["strong and weak models", "strong model"]),
+    ],
+)
+def test_progress_bars_say_what_is_scored(make_trainer, make_model, capsys, sft_epochs, own_weak_model, labels):
+    trainer = make_trainer(
+        weak_model=make_model(seed=1) if own_weak_model else None,
+        sft_epochs=sft_epochs,
+        num_train_epochs=sft_epochs + (2 if own_weak_model or not sft_epochs else 1),
+        disable_tqdm=False,
+    )
+    trainer.train()
+    shown = re.findall(r"Scoring, ([^:]*):", capsys.readouterr().err)
+    assert list(dict.fromkeys(shown)) == labels
+
+
+@pytest.mark.parametrize(("train_batch_size", "eval_batch_size"), [(1, 8), (8, 2)])
+def test_scoring_needs_no_more_tokens_than_training_or_evaluation(make_trainer, train_batch_size, eval_batch_size):
+    trainer = make_trainer(
+        sft_epochs=0,
+        num_train_epochs=1,
+        per_device_train_batch_size=train_batch_size,
+        per_device_eval_batch_size=eval_batch_size,
+    )
+    longest = max(map(len, trainer.train_dataset["input_ids"]))
+    tokens, model = [], trainer.model
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    trainer.score_table()
+    assert max(tokens) <= min(train_batch_size, eval_batch_size) * longest
+
+
+def test_scoring_pads_as_training_does(make_trainer):
+    trainer = make_trainer(sft_epochs=0, num_train_epochs=1, pad_to_multiple_of=16)
+    widths, model = set(), trainer.model
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: widths.add(inputs["input_ids"].size(1) % 16), with_kwargs=True
+    )
+    trainer.train()
+    assert widths == {0}
+
+
 # The table
 
 
@@ -254,6 +304,23 @@ def test_missing_and_repeated_indices_and_columns_are_refused(make_trainer, tmp_
         ScoreTable.read(path)
 
 
+def test_scores_that_rounding_has_made_negative_are_read_as_zero(tmp_path):
+    columns = {"index": [0, 1], "tokens": [3, 3], "weak_entropy": [1.0, -1e-8], "strong_entropy": [0.5, 0.5]}
+    pandas.DataFrame(columns).to_parquet(tmp_path / "scores.parquet")
+    assert ScoreTable.read(tmp_path / "scores.parquet").weak_entropy.tolist() == [1, 0]
+
+
+def test_a_score_file_that_is_missing_or_no_parquet_is_refused(make_trainer, tmp_path):
+    missing, text = str(tmp_path / "none.parquet"), str(tmp_path / "text")
+    (tmp_path / "text").write_text("no table")
+    with pytest.raises(ValueError, match=r"none.parquet does not exist.*`wmss-trl score`"):
+        ScoreTable.read(missing)
+    with pytest.raises(ValueError, match=r"text is not a Parquet file.*`wmss-trl score`"):
+        make_trainer(sft_epochs=0, score_file=text)
+    with pytest.raises(ValueError, match=r"`score_file=.*none.parquet'` does not exist.*`wmss-trl score`"):
+        make_trainer("no/such-model", sft_epochs=0, score_file=missing)  # said before it is loaded
+
+
 def test_draw_of_a_table_follows_its_options():
     rng = np.random.default_rng(0)
     table = ScoreTable(np.ones(50, dtype=int), rng.random(50), rng.random(50), {})
@@ -279,6 +346,31 @@ def test_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):
         ScoreTable(np.ones(4, dtype=int), np.ones(4), np.ones(4), {}).write(path)
     assert path.read_bytes() == before
     assert json.loads(pq.read_schema(path).metadata[b"wmss_trl"]) == {"train_dataset": "a"}
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """A second run begins to write before the first has put its file in place."""
+    target = tmp_path / "scores.npz"
+    with replacing(target) as first:
+        first.write_bytes(b"first")
+        with replacing(target) as second:
+            second.write_bytes(b"second")
+        assert target.read_bytes() == b"second"
+    assert target.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_writer_has_left_is_removed(tmp_path):
+    old, recent, other = (tmp_path / f"{name}.partial.npz" for name in ("scores.1", "scores.2", "else.1"))
+    for path in (old, recent, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    with replacing(tmp_path / "scores.npz") as partial:
+        partial.touch()
+    assert not old.exists()
+    assert recent.exists()  # somebody may still be writing it
+    assert other.exists()
 
 
 def test_scores_of_another_number_of_examples_are_not_read(tmp_path):

@@ -816,6 +816,20 @@ def test_examples_without_supervised_tokens_are_named(make_trainer):
         make_trainer(train_dataset=Dataset.from_list(rows))
 
 
+@pytest.mark.parametrize("options", [{}, {"curriculum": False}, {"packing": True, "per_device_train_batch_size": 1}])
+def test_a_max_length_that_cuts_every_completion_off_is_named(make_trainer, options):
+    with pytest.raises(ValueError, match=r"`max_length=4` leaves none of the 37 examples .* Raise `max_length`"):
+        make_trainer(max_length=4, **options)
+
+
+def test_what_max_length_has_cut_off_is_said_with_a_small_active_set(make_trainer):
+    examples = sums(37)
+    for example in examples[3:]:
+        example["prompt"] = "1 + " * 30 + "1 ="
+    with pytest.raises(ValueError, match=r"of 3 examples.*34 of the 37 examples .* `max_length=40`"):
+        make_trainer(train_dataset=Dataset.from_list(examples), max_length=40, dataloader_drop_last=True)
+
+
 def test_data_smaller_than_a_batch_is_refused(make_trainer, dataset):
     with pytest.raises(ValueError, match=r"`active_fraction=0.63` of 5 examples.*less than one batch of 4"):
         make_trainer(train_dataset=dataset.select(range(5)))

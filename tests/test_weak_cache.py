@@ -193,7 +193,7 @@ def test_interrupted_writing_goes_on(make_trainer, make_model, monkeypatch):
 def test_a_worker_maps_the_file_itself(tmp_path):
     cache = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
     cache.create(lambda message: None)
-    cache.write(np.array([1, 0]), torch.arange(9.0).view(3, 3))
+    cache.write(np.array([1, 0]), torch.arange(9.0).view(3, 3).split([1, 2]))
     assert cache.complete
     copied = pickle.loads(pickle.dumps(cache))
     assert copied.read([0, 1]).tolist() == [[3, 4, 5], [6, 7, 8], [0, 1, 2]]
@@ -202,7 +202,7 @@ def test_a_worker_maps_the_file_itself(tmp_path):
 def test_lost_hidden_states_are_not_taken_for_zeros(tmp_path):
     cache = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
     cache.create(lambda message: None)
-    cache.write(np.array([0, 1]), torch.ones(3, 3))
+    cache.write(np.array([0, 1]), torch.ones(3, 3).split([2, 1]))
     cache.path.unlink()
     again = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
     assert not again.complete

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,17 +18,21 @@ from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .collation import DataCollator, collated_sample, collator_name, supervised_tokens
 from .curriculum import CurriculumSampler
 from .packing import PackedDocuments, pack_prefix
 from .ranking import MIN_RELATIVE_GAP, relative_gap
 from .score_files import ScoreCache, ScoreTable
-from .scoring import DataCollator, dataset_fingerprint, example_lengths, supervised_token_counts
+from .scoring import dataset_fingerprint, example_lengths, supervised_token_counts
 from .sharding import parameters_at_rest, whole_shape
 from .weak import WeakReference, fingerprint
 from .weak_cache import HiddenCache
 
 if TYPE_CHECKING:
     from .config import WMSSConfig
+
+# Examples from which a user's data collator is recognised and checked
+_COLLATOR_SAMPLE = 256
 
 
 class DataActivation:
@@ -47,8 +52,12 @@ class DataActivation:
             The documents of a `train_dataset` that is packed.
         data_collator (`Callable`):
             Data collator of the run.
+        columns (`list[str]`, *optional*):
+            Columns of the data set that it gets; all of them if `None`.
         accelerator ([`~accelerate.Accelerator`]):
             Accelerator of the run.
+        num_given (`int`):
+            Number of examples before the data set was prepared.
         weak_is_initial (`bool`):
             Whether the weak model is the strong one as it is now (M0).
         steps_done (`Callable[[], int]`):
@@ -76,8 +85,10 @@ class DataActivation:
         train_dataset: Dataset,
         documents: Dataset | None,
         data_collator: DataCollator,
+        columns: list[str] | None,
         accelerator: Accelerator,
         *,
+        num_given: int,
         weak_is_initial: bool,
         steps_done: Callable[[], int],
         on_redraw: Callable[[dict[str, float]], None],
@@ -119,18 +130,32 @@ class DataActivation:
         )
         batch_size = args.per_device_train_batch_size * accelerator.num_processes
         if len(self.sampler) < batch_size:
+            lost = num_given - len(self.dataset)
+            cut = (
+                f" {lost} of the {num_given} examples given were dropped, since `max_length={args.max_length}` leaves"
+            )
             raise ValueError(
                 f"The active set (`active_fraction={args.active_fraction}` of {len(train_dataset)} examples) has "
                 f"{len(self.sampler)} examples, less than one batch of {batch_size}. Use more data, a larger "
                 "`active_fraction` or a smaller `per_device_train_batch_size`."
+                f"{f'{cut} them no supervised token.' if lost > 0 else ''}"
             )
         if args.plot_curriculum and find_spec("matplotlib") is None:
             warnings.warn(
                 "`plot_curriculum=True` needs matplotlib. Install `wmss_trl[plots]`, or set `plot_curriculum=False`.",
                 stacklevel=3,
             )
-        self.hidden_cache = self._make_hidden_cache() if args.weak_cache is not None else None
-        self.score_cache = self._make_score_cache(data_collator, lengths)
+        collator, columns = self._scoring_collator(data_collator, columns)
+        scored = self.dataset.select_columns(columns)
+        identity = {
+            "train_dataset": self.fingerprint,
+            "precision": accelerator.mixed_precision,
+            "attention": model.config._attn_implementation,
+        }
+        if type(collator) is not DataCollatorForLanguageModeling:  # the user's, which may change tokens and labels
+            identity["collator"] = self._inspect_collator(collator, scored, lengths)
+        self.hidden_cache = self._make_hidden_cache(identity) if args.weak_cache is not None else None
+        self.score_cache = self._make_score_cache(identity, scored, collator, lengths)
         self.score_file = self._read_score_file() if args.score_file is not None else None
 
     def _count_tokens(self, documents: Dataset | None) -> np.ndarray:
@@ -155,48 +180,77 @@ class DataActivation:
             )
         return token_counts
 
-    def _make_score_cache(self, collator: DataCollator, lengths: np.ndarray) -> ScoreCache:
-        args, config, dataset = self.args, self.strong().config, self.dataset
-        if isinstance(collator, DataCollatorForLanguageModeling):
+    def _scoring_collator(self, collator: DataCollator, columns: list[str] | None) -> tuple[DataCollator, list[str]]:
+        """What collates the examples that are scored, and the columns that it gets: a user's collator is used as it
+        is, since its labels may be others (TRL's checked with TRL 1.16)."""
+        if type(collator) is DataCollatorForLanguageModeling:
             # Without padding only where the attention kernels then skip the other examples
-            padding_free = is_flash_attention_requested(config)
-            collator = DataCollatorForLanguageModeling(collator.pad_token_id, padding_free=padding_free)
-            dataset = dataset.select_columns([c for c in ("input_ids", "labels") if c in dataset.column_names])
+            collator = replace(collator, padding_free=is_flash_attention_requested(self.strong().config))
+            columns = ["input_ids", "labels"]
+        return collator, [name for name in self.dataset.column_names if columns is None or name in columns]
+
+    def _inspect_collator(self, collator: DataCollator, dataset: Dataset, lengths: np.ndarray) -> str:
+        """Identity of a user's collator by what it makes of a sample, which must be right for `weak_cache`."""
+        size = min(len(dataset), _COLLATOR_SAMPLE)
+        sample = np.linspace(0, len(dataset) - 1, size).round().astype(int)
+        batch_size = self.args.per_device_eval_batch_size
+        digest, batches = collated_sample(collator, dataset, sample, batch_size, seed=0)
+        name = collator_name(collator)
+        if self.args.weak_cache is not None:
+            remedy = "Set `weak_cache=None`, or leave `data_collator` to the trainer."
+            if digest != collated_sample(collator, dataset, sample, batch_size, seed=1)[0]:
+                raise ValueError(
+                    f"`weak_cache='hidden'` keeps one hidden state per supervised token, but `data_collator` ({name}) "
+                    f"makes another batch of the same examples each time. {remedy}"
+                )
+            parts = [sample[start : start + batch_size] for start in range(0, size, batch_size)]
+            counts = np.concatenate(
+                [
+                    supervised_tokens(batch, lengths[part], part, collator)
+                    for batch, part in zip(batches, parts, strict=True)
+                ]
+            )
+            expected = self.token_counts[sample]
+            if len(other := np.flatnonzero(counts != expected)):
+                shown = ", ".join(f"{sample[i]} ({counts[i]}, not {expected[i]})" for i in other[:5])
+                raise ValueError(
+                    f"`weak_cache='hidden'` keeps one hidden state per supervised token of `train_dataset`, but "
+                    f"`data_collator` ({name}) changes their number: examples {shown}"
+                    f"{' and more' if len(other) > 5 else ''}. {remedy}"
+                )
+        return f"{name} {digest}"
+
+    def _make_score_cache(
+        self, identity: dict[str, str], dataset: Dataset, collator: DataCollator, lengths: np.ndarray
+    ) -> ScoreCache:
+        args = self.args
+        # No more than training and evaluation can hold: scoring has no backward pass
+        batch_size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         tokens_per_batch = args.scoring_tokens_per_batch
         if tokens_per_batch is None and args.scoring_batch_size is None:
-            tokens_per_batch = args.per_device_eval_batch_size * int(lengths.max())
+            tokens_per_batch = batch_size * int(lengths.max())
         return ScoreCache(
             args.score_cache_dir or Path(args.output_dir) / "_scores",
-            {
-                "train_dataset": self.fingerprint,
-                "precision": self.accelerator.mixed_precision,
-                "attention": config._attn_implementation,
-            },
+            identity,
             dataset,
             collator,
             self.accelerator,
-            batch_size=args.scoring_batch_size or args.per_device_eval_batch_size,
+            batch_size=args.scoring_batch_size or batch_size,
             tokens_per_batch=tokens_per_batch,
             disable_tqdm=args.disable_tqdm,
             buffer_bytes=args.logits_buffer_mb * 2**20,
         )
 
-    def _make_hidden_cache(self) -> HiddenCache:
-        args, precision = self.args, self.accelerator.mixed_precision
+    def _make_hidden_cache(self, identity: dict[str, str]) -> HiddenCache:
+        args = self.args
         weight = self.weak_reference.lm_head().weight
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}  # in which the LM head multiplies anyway
-        identity = {
-            "train_dataset": self.fingerprint,
-            "model": self.weak_reference.fingerprint,
-            "precision": precision,
-            "attention": self.strong().config._attn_implementation,
-        }
         cache = HiddenCache(
             args.weak_cache_dir or Path(args.output_dir) / "_weak_cache",
-            identity,
+            identity | {"model": self.weak_reference.fingerprint},
             self.token_counts,
             whole_shape(weight)[1],
-            dtypes.get(precision, weight.dtype),
+            dtypes.get(self.accelerator.mixed_precision, weight.dtype),
         )
         cache.check_room()
         return cache
@@ -240,7 +294,11 @@ class DataActivation:
             weak_entropy = None
         models = {"strong": lambda: nullcontext(self.strong())}
         fingerprints = {"strong": self._model_fingerprint()}
-        if weak_entropy is None and not self._strong_is_initial():
+        description = None
+        if weak_entropy is None and self._strong_is_initial():
+            is_first_draw = self.args.sft_epochs == 0
+            description = f"Scoring, weak {'and strong ' if is_first_draw else ''}model (M0)"
+        elif weak_entropy is None:
             models["weak"] = self.weak_reference.activated
             changes = self.args.changes_weak_model
             fingerprints["weak"] = (
@@ -249,7 +307,7 @@ class DataActivation:
         with self.accelerator.autocast():
             name = "weak" if "weak" in models else "strong"
             hidden_caches = {name: self.hidden_cache} if fill_cache else None
-            entropies = self.score_cache.score(models, fingerprints, hidden_caches)
+            entropies = self.score_cache.score(models, fingerprints, hidden_caches, description)
         if weak_entropy is None:
             weak_entropy = entropies.get("weak", entropies["strong"])
         return weak_entropy, entropies["strong"]
@@ -278,16 +336,24 @@ class DataActivation:
             self.sampler.weak_entropy, _ = self.score()
 
     def warn_if_too_close(self) -> None:
-        """Say so before the first weak-driven epoch if the weak model can hardly help."""
+        """Say so before the first weak-driven epoch if the weak model can hardly help, or looks better."""
         weak_entropy, strong_entropy = self.sampler.weak_entropy.mean(), self.sampler.strong_entropy.mean()
         gap = relative_gap(weak_entropy, strong_entropy)
-        if gap < MIN_RELATIVE_GAP and self.accelerator.is_main_process:
-            warnings.warn(
-                f"The weak model is close to the strong one: mean entropy {weak_entropy:.4f} nats against "
-                f"{strong_entropy:.4f}, a relative gap of {gap:.1%} (below {MIN_RELATIVE_GAP:.0%}). The paper reports "
-                "losses then. Use an earlier checkpoint (`wmss-trl rank-weak` compares them), or more SFT epochs.",
-                stacklevel=2,
+        if gap >= MIN_RELATIVE_GAP or not self.accelerator.is_main_process:
+            return
+        figures = f"mean entropy {weak_entropy:.4f} nats against {strong_entropy:.4f}, a relative gap of {gap:.1%}"
+        if gap > -MIN_RELATIVE_GAP:
+            message = (
+                f"The weak model is close to the strong one: {figures} (below {MIN_RELATIVE_GAP:.0%}). The paper "
+                "reports losses then. Use an earlier checkpoint (`wmss-trl rank-weak` compares them), or more SFT "
+                "epochs."
             )
+        else:
+            message = (
+                f"The weak model is more certain than the strong one: {figures}. It looks like the better of the two: "
+                "perhaps `model` and `weak_model` are swapped. The weak model should be an earlier checkpoint."
+            )
+        warnings.warn(message, stacklevel=2)
 
     def table(self) -> ScoreTable:
         """Scores, weights and draw of the first weak-driven epoch, with the strong model as it is now."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
@@ -37,6 +38,11 @@ def check_call(
         )
     if args.uses_weak_model and compute_loss_func is not None:
         raise ValueError("`compute_loss_func` cannot be combined with the mixed loss. Remove it.")
+    if (file := args.score_file) is not None and "://" not in file and not Path(file).exists():
+        raise ValueError(
+            f"`score_file={file!r}` does not exist. Write it with `wmss-trl score`, or remove `score_file` to let the "
+            "run score the data set itself."
+        )
     streaming = isinstance(train_dataset, IterableDataset)
     if args.uses_weak_model and streaming and (args.curriculum or args.sft_epochs):
         raise ValueError(
@@ -49,6 +55,28 @@ def check_call(
             "`ddp_find_unused_parameters=False` cannot be combined with `train_weak=True` and "
             f"`sft_epochs={args.sft_epochs}`, since phase 1 does not use the weak model. Remove it, or set "
             "`sft_epochs=0`."
+        )
+
+
+def check_examples(
+    args: "WMSSConfig", given: Dataset | IterableDataset | None, prepared: Dataset | IterableDataset | None
+) -> None:
+    """
+    Check that `SFTTrainer`, which drops the examples that truncation leaves without a label, has left some.
+
+    Args:
+        args ([`WMSSConfig`]):
+            Arguments of the run.
+        given, prepared (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
+            The examples before and after.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    if isinstance(given, Dataset) and isinstance(prepared, Dataset) and len(given) and not len(prepared):
+        raise ValueError(
+            f"`max_length={args.max_length}` leaves none of the {len(given)} examples of `train_dataset` a supervised "
+            "token: their prompts alone are that long. Raise `max_length`, or set `truncation_mode='keep_end'`."
         )
 
 

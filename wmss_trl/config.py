@@ -95,9 +95,9 @@ class WMSSConfig(SFTConfig):
             The data set is scored in every `rescore_epochs`-th weak-driven epoch; the epochs between draw a new active
             set from the last scores.
         scoring_tokens_per_batch (`int`, *optional*):
-            Number of tokens per device in a forward pass of the scoring, padding included. Defaults to what
-            `per_device_eval_batch_size` examples as long as the longest have, so that scoring needs no more memory
-            than evaluation.
+            Number of tokens per device in a forward pass of the scoring, padding included. Defaults to what a training
+            or an evaluation batch of the longest examples has, whichever is less: `min(per_device_train_batch_size,
+            per_device_eval_batch_size)` times the longest, so that scoring needs no more memory than either.
         scoring_batch_size (`int`, *optional*):
             Number of examples per device in a forward pass of the scoring, in place of `scoring_tokens_per_batch`.
         score_cache_dir (`str`, *optional*):
@@ -206,7 +206,7 @@ class WMSSConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Tokens per device in a scoring forward, padding included. Defaults to the length of the longest "
-            "example times per_device_eval_batch_size."
+            "example times the smaller of per_device_train_batch_size and per_device_eval_batch_size."
         },
     )
     scoring_batch_size: int | None = field(
@@ -343,8 +343,9 @@ class WMSSConfig(SFTConfig):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ValueError(
-                    f"`{option}` must be >= 1, got {value}. Leave it unset to score as many tokens at a time as an "
-                    f"evaluation batch of {self.per_device_eval_batch_size} examples may have."
+                    f"`{option}` must be >= 1, got {value}. Leave it unset to score as many tokens at a time as a "
+                    f"training batch of {self.per_device_train_batch_size} or an evaluation batch of "
+                    f"{self.per_device_eval_batch_size} examples may have."
                 )
         if self.scoring_batch_size is not None and self.scoring_tokens_per_batch is not None:
             raise ValueError(

@@ -18,7 +18,11 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from .files import replacing
+
 CURRICULUM_VARIANTS = ("released", "v1", "v2")
+# Nats below 0 that the entropy of a certain prediction may have by rounding
+_ENTROPY_ROUNDING = 1e-6
 
 
 def sampling_weights(
@@ -60,8 +64,8 @@ def sampling_weights(
         `np.ndarray` of shape `(n,)`: float64 weights that sum to 1; uniform, with a warning, if all are 0.
 
     Raises:
-        ValueError: If the entropies differ in shape, or are negative, NaN or infinite (with the example indices), or
-            the variant is unknown.
+        ValueError: If the entropies differ in shape, or are negative (beyond rounding: from -1e-6 up they count as 0),
+            NaN or infinite (with the example indices), or the variant is unknown.
     """
     weights = sum(
         weight_terms(
@@ -102,8 +106,7 @@ def weight_terms(
         )
     if variant not in CURRICULUM_VARIANTS:
         raise ValueError(f"`variant` must be one of {list(CURRICULUM_VARIANTS)}, got {variant!r}.")
-    for name, entropy in (("weak_entropy", weak), ("strong_entropy", strong)):
-        check_finite(name, entropy)
+    weak, strong = checked_entropy("weak_entropy", weak), checked_entropy("strong_entropy", strong)
     terms = {
         "difficulty": (difficulty_weight, strong if variant == "v2" else weak),
         "consolidation": (consolidation_weight, np.maximum(weak - strong, 0)),
@@ -361,10 +364,8 @@ class CurriculumSampler(Sampler[Any], TrainerCallback):
             return
         if self.drawn_epoch is not None:
             arrays["epoch"] = np.array(self.drawn_epoch)
-        target = Path(folder) / self.FILE_NAME
-        partial = target.with_suffix(".partial.npz")
-        np.savez(partial, **arrays)
-        partial.replace(target)
+        with replacing(Path(folder) / self.FILE_NAME) as partial:
+            np.savez(partial, **arrays)
 
     def load(self, folder: str | Path) -> None:
         """Take up the scores and the draw saved in `folder`; what it does not hold is still to come."""
@@ -375,6 +376,13 @@ class CurriculumSampler(Sampler[Any], TrainerCallback):
             for name in ("weak_entropy", "strong_entropy", "weights", "indices", "row_sizes"):
                 setattr(self, name, saved.get(name))
             self.drawn_epoch = int(saved["epoch"]) if "epoch" in saved else None
+
+
+def checked_entropy(name: str, entropy: np.ndarray, indices: np.ndarray | None = None) -> np.ndarray:
+    """Entropies with 0 for what rounding has made negative, see [`check_finite`]."""
+    entropy = np.where((entropy < 0) & (entropy > -_ENTROPY_ROUNDING), 0, entropy)
+    check_finite(name, entropy, indices)
+    return entropy
 
 
 def check_finite(name: str, values: np.ndarray, indices: np.ndarray | None = None) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .collation import DataCollator
 from .diagnostics import crossover_lambda
 from .lm_head import LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import next_token_targets
-from .scoring import DataCollator, example_lengths, length_batches
+from .scoring import example_lengths, length_batches
 from .tiles import project, transform_logits_
 from .weak import check_same_vocabulary, load_tokenizer, load_weak_model
 
@@ -63,7 +64,17 @@ class Separation:
 
     @property
     def too_close(self) -> bool:
-        return self.relative_gap < MIN_RELATIVE_GAP
+        return abs(self.relative_gap) < MIN_RELATIVE_GAP
+
+    @property
+    def more_certain(self) -> bool:
+        """Whether the weak model is the more certain of the two: perhaps they are swapped."""
+        return self.relative_gap <= -MIN_RELATIVE_GAP
+
+    @property
+    def verdict(self) -> str:
+        """What speaks against this weak model, or nothing."""
+        return "too close" if self.too_close else "more certain" if self.more_certain else ""
 
 
 def relative_gap(weak_entropy: float, strong_entropy: float) -> float:
@@ -215,8 +226,8 @@ def rank_weak_models(
             Receives each result as soon as it is there.
 
     Returns:
-        `list[Separation]`: the best first: those that are far enough before those that are too close, and among each
-        the one with the most hard negatives first.
+        `list[Separation]`: the best first: those that are far enough before those that are too close or more certain
+        than the strong model, and among each the one with the most hard negatives first.
     """
     results = []
     for name in expand_candidates(candidates):
@@ -226,7 +237,7 @@ def rank_weak_models(
         if on_result is not None:
             on_result(results[-1])
         del weak
-    return sorted(results, key=lambda result: (result.too_close, -result.hard_negative_share))
+    return sorted(results, key=lambda result: (bool(result.verdict), -result.hard_negative_share))
 
 
 def rank_checkpoints(
@@ -273,11 +284,15 @@ def markdown_ranking(results: Sequence[Separation]) -> str:
         lines.append(
             f"| {result.name} | {result.weak_entropy:.4f} | {result.strong_entropy:.4f} | {result.relative_gap:.1%} | "
             f"{result.learnt_share:.1%} | {result.regressed_share:.1%} | {result.hard_negative_share:.1%} | "
-            f"{result.crossover:.3f} | {'too close' if result.too_close else ''} |"
+            f"{result.crossover:.3f} | {result.verdict} |"
         )
-    if results[0].too_close:
+    if results[0].verdict:
+        more_certain = any(result.more_certain for result in results)
+        reasons = ["too close to the strong model"] if any(result.too_close for result in results) else []
+        reasons += ["more certain than the strong model"] if more_certain else []
         advice = (
-            f"Every candidate is too close to the strong model (relative entropy gap below {MIN_RELATIVE_GAP:.0%}). "
+            f"Every candidate is {' or '.join(reasons)} (relative entropy gap below {MIN_RELATIVE_GAP:.0%}). "
+            f"{'Perhaps the strong model and a candidate are swapped. ' if more_certain else ''}"
             "Look for an earlier checkpoint, or take the base model."
         )
     else:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 
-from .curriculum import check_finite, draw_active_set, sampling_weights
-from .scoring import DataCollator, score_models
+from .collation import DataCollator
+from .curriculum import checked_entropy, draw_active_set, sampling_weights
+from .files import replacing
+from .scoring import score_models
 from .weak_cache import HiddenCache
 
 Activated = Callable[[], AbstractContextManager[nn.Module]]
@@ -64,6 +66,7 @@ class ScoreCache:
         models: Mapping[str, Activated],
         fingerprints: Mapping[str, str],
         hidden_caches: Mapping[str, HiddenCache] | None = None,
+        description: str | None = None,
     ) -> dict[str, np.ndarray]:
         """
         Entropies of the models, read as far as they are on disk and computed in one pass where they are not.
@@ -75,6 +78,8 @@ class ScoreCache:
                 Identity of each model, see [`~wmss_trl.weak.fingerprint`].
             hidden_caches (`dict[str, HiddenCache]`, *optional*):
                 Where to keep the hidden states of some of the models.
+            description (`str`, *optional*):
+                Label of the progress bar. Defaults to the names of the models.
 
         Returns:
             `dict[str, np.ndarray]`: float32 entropies in nats, each of shape `(n,)`.
@@ -104,7 +109,7 @@ class ScoreCache:
             self.dataset,
             self.data_collator,
             accelerator=self.accelerator,
-            description=f"Scoring, {' and '.join(missing)} model{'s' if len(missing) > 1 else ''}",
+            description=description or f"Scoring, {' and '.join(missing)} model{'s' if len(missing) > 1 else ''}",
             known={name: known[name] for name in missing if name in known},
             on_progress=save,
             on_hidden={name: cache.write for name, cache in (hidden_caches or {}).items()},
@@ -130,15 +135,11 @@ class ScoreCache:
     def _write(self, path: Path, entropy: np.ndarray, fingerprint: str) -> None:
         if not self._writable:
             return
-        partial = path.with_suffix(".partial.npz")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            np.savez(partial, entropy=entropy, identity=json.dumps(self.identity | {"model": fingerprint}))
-            partial.replace(path)
+            with replacing(path) as partial:
+                np.savez(partial, entropy=entropy, identity=json.dumps(self.identity | {"model": fingerprint}))
         except OSError as error:
             self._writable = False
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
             warnings.warn(
                 f"Scores cannot be kept in {self.folder} ({error}): the run goes on without. If it is interrupted, "
                 "scoring starts anew. Free some space, or set `score_cache_dir`.",
@@ -185,9 +186,14 @@ class ScoreTable:
         Read a Parquet file, in whatever order its rows are.
 
         Raises:
-            ValueError: If a column is missing, or the indices are not 0 to n-1, each once.
+            ValueError: If it is no such file, a column is missing, or the indices are not 0 to n-1, each once.
         """
-        table = pq.read_table(path)
+        try:
+            table = pq.read_table(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} does not exist. Write it with `wmss-trl score`.") from error
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a Parquet file ({error}). Write one with `wmss-trl score`.") from error
         required = ("index", "tokens", "weak_entropy", "strong_entropy")
         lacking = [column for column in required if column not in table.column_names]
         if lacking:
@@ -204,8 +210,8 @@ class ScoreTable:
                 f"missing{f' and {_some(repeated)} are repeated' if len(repeated) else ''}. Score the data set again."
             )
         tokens, weak_entropy, strong_entropy = (column[np.argsort(index)] for column in columns)
-        for name, entropy in (("weak_entropy", weak_entropy), ("strong_entropy", strong_entropy)):
-            check_finite(f"{name} in {path}", entropy)
+        weak_entropy = checked_entropy(f"weak_entropy in {path}", weak_entropy)
+        strong_entropy = checked_entropy(f"strong_entropy in {path}", strong_entropy)
         identity = json.loads((table.schema.metadata or {}).get(b"wmss_trl", b"{}"))
         return cls(tokens, weak_entropy.astype(np.float32), strong_entropy.astype(np.float32), identity)
 
@@ -238,11 +244,8 @@ class ScoreTable:
 
     def write(self, path: str | Path) -> None:
         """Write a Parquet file; an interrupted write leaves what was there."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        pq.write_table(self._arrow(), partial)
-        partial.replace(path)
+        with replacing(Path(path)) as partial:
+            pq.write_table(self._arrow(), partial)
 
     def _arrow(self) -> pa.Table:
         columns = {

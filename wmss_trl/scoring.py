@@ -1,9 +1,8 @@
 """Per-example predictive entropy of models over a data set (phase 2 of arXiv 2602.08222)."""
 
 import hashlib
-import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,19 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .curriculum import check_finite
+from .collation import (
+    DataCollator,
+    collate,
+    collator_name,
+    rows_per_example,
+    supervised_tokens,
+    undisturbed_random_state,
+)
+from .curriculum import checked_entropy
 from .lm_head import LMHead, evaluating, unwrap_adapter, whole_lm_head
 from .losses import linear_entropy, next_token_targets, token_entropy
-
-DataCollator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 # Forwards per process between two gatherings of the results, which are also what an interrupted pass keeps
 _ROUNDS_PER_SHARD = 64
@@ -70,7 +74,8 @@ def score_entropy(
         `np.ndarray` of shape `(n,)`: float32 entropies in nats, in data-set order.
 
     Raises:
-        ValueError: If an entropy is NaN or infinite (with the example indices), or an example has no supervised token.
+        ValueError: If an entropy is NaN or infinite (with the example indices), or the collator leaves an example
+            without a supervised token or makes a batch whose tokens cannot be given to the examples.
     """
     return score_models(
         {"model": lambda: nullcontext(model)},
@@ -98,7 +103,7 @@ def score_models(
     buffer_bytes: int = 256 * 2**20,
     known: Mapping[str, np.ndarray] | None = None,
     on_progress: Callable[[dict[str, np.ndarray]], None] | None = None,
-    on_hidden: Mapping[str, Callable[[np.ndarray, Tensor], None]] | None = None,
+    on_hidden: Mapping[str, Callable[[np.ndarray, tuple[Tensor, ...]], None]] | None = None,
 ) -> dict[str, np.ndarray]:
     """
     [`score_entropy`] of several models in one pass over the data set, whose examples are collated once.
@@ -111,9 +116,9 @@ def score_models(
         on_progress (`Callable`, *optional*):
             Receives the results so far, NaN where there are none, every few batches and on every process.
         on_hidden (`dict[str, Callable]`, *optional*):
-            For some of the models, a function that receives the indices of a batch's examples and the hidden states of
-            their supervised positions, on the process that has computed them. Needs
-            [`~wmss_trl.lm_head.add_head_access`].
+            For some of the models, a function that receives the indices of a batch's examples and for each of them the
+            hidden states of its supervised positions, of shape `(tokens, H)`, on the process that has computed them.
+            Needs [`~wmss_trl.lm_head.add_head_access`].
         dataset, data_collator, batch_size, tokens_per_batch, accelerator, description, disable_tqdm, buffer_bytes:
             See [`score_entropy`].
 
@@ -142,17 +147,28 @@ def score_models(
             rounds = [shard[start : start + world_size] for start in range(0, len(shard), world_size)]
             # Every rank runs the same number of forwards (sharded models would hang otherwise): the ranks that the
             # last round leaves without a batch repeat one and drop the result.
-            collated = [data_collator(_examples(dataset, share[min(rank, len(share) - 1)])) for share in rounds]
+            collated = []
+            for share in rounds:
+                indices = share[min(rank, len(share) - 1)]
+                batch = collate(data_collator, dataset, indices)
+                counts = supervised_tokens(batch, lengths[indices], indices, data_collator)
+                if not counts.all():
+                    raise ValueError(
+                        f"The data collator {collator_name(data_collator)} leaves the examples "
+                        f"{indices[counts == 0].tolist()} without a supervised token, so they have no entropy. Remove "
+                        "them, or let it keep some of their labels."
+                    )
+                collated.append((batch, counts))
             scores = []
             for number, (name, activated) in enumerate(models.items()):
                 with activated() as model, evaluating(model):
                     device = accelerator.device if accelerator else next(model.parameters()).device
                     results = torch.zeros(sum(map(len, shard)), device=device)
                     position = 0
-                    for share, batch in zip(rounds, collated, strict=True):
+                    for share, (batch, counts) in zip(rounds, collated, strict=True):
                         indices = share[min(rank, len(share) - 1)]
                         keep = (on_hidden or {}).get(name) if rank < len(share) else None
-                        keep_hidden = None if keep is None else partial(keep, indices)
+                        keep_hidden = None if keep is None else partial(_keep_by_example, keep, indices, counts)
                         entropy = _batch_entropy(model, batch, lengths[indices], device, buffer_bytes, keep_hidden)
                         if rank < len(share):
                             start = position + sum(map(len, share[:rank]))
@@ -166,8 +182,7 @@ def score_models(
                 scores = accelerator.reduce(scores, reduction="sum")
             indices = np.concatenate(shard)
             for name, values in zip(models, scores.cpu().numpy(), strict=True):
-                check_finite(f"entropy ({description}, {name})", values, indices)
-                entropies[name][indices] = values
+                entropies[name][indices] = checked_entropy(f"entropy ({description}, {name})", values, indices)
             if on_progress is not None:
                 on_progress(entropies)
     return entropies
@@ -245,22 +260,10 @@ def _list_arrays(dataset: Dataset, column: str) -> Iterator[pa.ListArray]:
         yield table[column].combine_chunks()
 
 
-def _examples(dataset: Dataset, indices: np.ndarray) -> list[dict[str, Any]]:
-    columns = dataset[indices.tolist()]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-@contextmanager
-def undisturbed_random_state() -> Iterator[None]:
-    """Give every random generator that training may use its state back: a collator may draw from them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+def _keep_by_example(
+    keep: Callable[[np.ndarray, tuple[Tensor, ...]], None], indices: np.ndarray, counts: np.ndarray, hidden: Tensor
+) -> None:
+    keep(indices, hidden.split(counts.tolist()))
 
 
 def _batch_entropy(
@@ -290,12 +293,5 @@ def _batch_entropy(
         model(**batch, positions=positions, with_lm_head=entropy)
     else:
         per_token = token_entropy(model(**batch, use_cache=False).logits.flatten(0, 1), mask)
-    if len(labels) == len(lengths):
-        per_token, mask = per_token.view(labels.shape), mask.view(labels.shape)
-    else:  # padding-free: one row of all examples, which `pad_to_multiple_of` may have made longer
-        sizes = lengths.tolist()
-        per_token, mask = (
-            pad_sequence(values[: sum(sizes)].split(sizes), batch_first=True) for values in (per_token, mask)
-        )
-    # 0 / 0 is NaN, which the caller reports
+    per_token, mask = (rows_per_example(values, labels, lengths) for values in (per_token, mask))
     return per_token.sum(-1) / mask.sum(-1)

@@ -29,7 +29,8 @@ from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
-from .checks import check_call, check_lm_heads, check_model, check_replicated
+from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated
+from .collation import undisturbed_random_state
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
@@ -43,9 +44,8 @@ from .refresh import WeakRefresh
 from .run_state import check_same_run
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
-from .scoring import undisturbed_random_state
 from .weak import WeakReference, make_weak_reference
-from .weak_cache import INDEX_COLUMN, CachedHiddenCollator
+from .weak_cache import INDEX_COLUMN, CachedHiddenCollator, check_positions
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -156,6 +156,7 @@ class WMSSTrainer(SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        check_examples(args, train_dataset, self.train_dataset if self._documents is None else self._documents)
         # A step outside `train` uses the loss that the run starts with
         self._weak_driven = args.sft_epochs == 0
         self._plan: EpochPlan | None = None
@@ -208,7 +209,9 @@ class WMSSTrainer(SFTTrainer):
                 self.train_dataset,
                 self._documents,
                 self.data_collator,
+                self._used_columns(),
                 self.accelerator,
+                num_given=len(train_dataset),
                 weak_is_initial=weak_model is None and args.weak_model_name_or_path is None,
                 steps_done=lambda: self.state.global_step,
                 on_redraw=self._report_redraw,
@@ -358,15 +361,15 @@ class WMSSTrainer(SFTTrainer):
 
     def _measure_crossover(self) -> float:
         """Crossover of both models' logits over the supervised tokens of up to 256 examples (paper v2)."""
-        dataset, collator = self.train_dataset, self.data_collator
+        dataset, collator = self._remove_unused_columns(self.train_dataset), self.data_collator
         if self._activation is not None:
-            dataset, collator = self._activation.dataset, self._activation.score_cache.data_collator
+            dataset, collator = self._activation.score_cache.dataset, self._activation.score_cache.data_collator
             if (cache := self._activation.hidden_cache) is not None:
                 dataset = dataset.add_column(INDEX_COLUMN, np.arange(len(dataset)))
                 collator = CachedHiddenCollator(collator, cache)
         sample = dataset.shuffle(seed=self.args.draw_seed).select(range(min(256, len(dataset))))
         norms = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        batch_size = self.args.per_device_eval_batch_size
+        batch_size = min(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
         with undisturbed_random_state(), evaluating(self.model), self.accelerator.autocast():
             for start in range(0, len(sample), batch_size):
                 batch = self._prepare_inputs(
@@ -389,7 +392,10 @@ class WMSSTrainer(SFTTrainer):
     ) -> tuple[MixedLossOutput, HeadOutput]:
         """The fused form, on the hidden states of the positions that have a target."""
         positions = (targets != -100).nonzero().squeeze(-1)
-        weak_states = self.weak_reference.states(inputs, positions, inputs.pop("weak_hidden", None))
+        weak_hidden = inputs.pop("weak_hidden", None)
+        if weak_hidden is not None:
+            check_positions(len(weak_hidden), len(positions))
+        weak_states = self.weak_reference.states(inputs, positions, weak_hidden)
         mixed: MixedLossOutput | None = None
 
         def fused_loss(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
@@ -540,6 +546,11 @@ class WMSSTrainer(SFTTrainer):
             )
         finally:
             self.data_collator = collator
+
+    def _used_columns(self) -> list[str] | None:
+        """The columns that the data collator gets in training; `None` stands for all."""
+        self._set_signature_columns_if_needed()
+        return self._signature_columns if self.args.remove_unused_columns else None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +107,21 @@ class HiddenCache:
     def complete(self) -> bool:
         return self.done_path.exists() and self.path.exists() and bool(self.done().all())
 
-    def write(self, indices: np.ndarray, hidden: Tensor) -> None:
+    def write(self, indices: np.ndarray, hidden: Sequence[Tensor]) -> None:
         """
         Keep the hidden states of some examples.
 
         Args:
             indices (`np.ndarray`):
                 The examples.
-            hidden (`torch.Tensor` of shape `(tokens, hidden_size)`):
-                Their supervised positions, one example after the other.
+            hidden (`list[torch.Tensor]`):
+                For each of them the hidden states at its supervised positions, of shape `(tokens, hidden_size)`.
+
+        Raises:
+            ValueError: If an example has another number of supervised positions than the data set gives it.
         """
-        counts = self.token_counts[indices].tolist()
-        for index, rows in zip(indices.tolist(), hidden.to(self.dtype).cpu().split(counts), strict=True):
+        for index, rows in zip(indices.tolist(), hidden, strict=True):
+            check_positions(int(self.token_counts[index]), len(rows), f"example {index}")
             self._rows()[self.offsets[index] : self.offsets[index + 1]] = rows
         self.done()[indices] = True
 
@@ -132,6 +135,16 @@ class HiddenCache:
             size = int(self.offsets[-1]) * self.hidden_size
             self._hidden = torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype)
         return self._hidden.view(-1, self.hidden_size)
+
+
+def check_positions(num_hidden: int, num_positions: int, where: str = "a training batch") -> None:
+    """Raise a `ValueError` unless there are as many cached hidden states as supervised positions."""
+    if num_hidden != num_positions:
+        raise ValueError(
+            f"`weak_cache='hidden'` has {num_hidden} hidden states for {where}, which has {num_positions} supervised "
+            "positions: `data_collator` has changed its tokens or labels. Set `weak_cache=None`, or leave "
+            "`data_collator` to the trainer."
+        )
 
 
 class CachedHiddenCollator:
