@@ -87,7 +87,10 @@ class WeakReference:
             bias = None if head.bias is None else head.bias.detach()
             head = replace(head, weight=head.weight.detach(), bias=bias)
             self.lm_head = lambda: head
-            self.model.to("meta")
+            if getattr(self.model, "is_quantized", False):  # whose weights cannot be moved to the meta device
+                self.model._modules.clear()
+            else:
+                self.model.to("meta")
 
     def states(
         self, inputs: dict[str, Any], positions: Tensor, hidden: Tensor | None = None
