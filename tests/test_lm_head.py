@@ -201,8 +201,8 @@ MIXTURE_SIZES = {
     "eos_token_id": 2,
 }
 FULL_ATTENTION = {"layer_types": ["full_attention"] * 2}
-# The causal language models of transformers 5.23 with router losses, and what their tiny forms need; without Flint, GLM 5
-# and Qwen 4, which share Mixtral's function with most of these
+# The causal language models of transformers 5.23 with router losses, and what their tiny forms need; without Flint,
+# GLM 5 and Qwen 4, which share Mixtral's function with most of these
 MIXTURES = {
     "DbrxForCausalLM": {
         "d_model": 32,

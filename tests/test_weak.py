@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.data.tiny import build_model
-from wmss_trl.weak import DisabledAdapter, NamedAdapter, WeakReference, split_revision
+from wmss_trl.weak import DisabledAdapter, NamedAdapter, WeakReference
+from wmss_trl.weak_loading import split_revision
 
 PROJECTIONS = ["q_proj", "v_proj"]
 METHODS = {
