@@ -178,3 +178,96 @@ def test_trl_patches_the_forward_of_the_base_model():
     source = inspect.getsource(SFTTrainer.__init__)
     assert "self.model.get_base_model() if is_peft_model(self.model) else self.model" in source
     assert "add_fused_lm_head(" in source
+
+
+MIXTURE_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "num_experts_per_tok": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FULL_ATTENTION = {"layer_types": ["full_attention"] * 2}
+# The causal language models of transformers 5.23 with router losses, and what their tiny forms need; without Flint,
+# GLM 5 and Qwen 4, which share Mixtral's function with most of these
+MIXTURES = {
+    "DbrxForCausalLM": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "rope_theta": 1e4,
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+    },
+    "DeepseekV4ForCausalLM": {"mlp_layer_types": ["moe"] * 2, "layer_types": ["sliding_attention"] * 2},
+    "DogeForCausalLM": {"is_moe": True, "num_experts": 16},
+    "Ernie4_5_MoeForCausalLM": {},
+    "FlexOlmoForCausalLM": {},
+    "GptOssForCausalLM": {},
+    "GraniteMoeForCausalLM": {},
+    "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 4, "layer_types": ["attention"] * 2},
+    "GraniteMoeSWAForCausalLM": {},
+    "GraniteMoeSharedForCausalLM": {},
+    "JambaForCausalLM": {
+        "attn_layer_period": 1,
+        "attn_layer_offset": 0,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+    },
+    "JetMoeForCausalLM": {},
+    "LagunaForCausalLM": {},
+    "MellumForCausalLM": {},
+    "MiniMaxForCausalLM": {},
+    "MiniMaxM2ForCausalLM": {},
+    "MixtralForCausalLM": {},
+    "OlmoeForCausalLM": {},
+    "PhimoeForCausalLM": {},
+    "Qwen2MoeForCausalLM": {},
+    "Qwen3MoeForCausalLM": {},
+    "Qwen3NextForCausalLM": FULL_ATTENTION,
+    "Qwen3_5MoeForCausalLM": FULL_ATTENTION,
+    "Qwen3_5MoeForConditionalGeneration": FULL_ATTENTION,
+    "Qwen3VLMoeForConditionalGeneration": {},
+}
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+VISION |= {"num_position_embeddings": 16, "deepstack_visual_indexes": []}
+
+
+def build_mixture(architecture):
+    cls = getattr(transformers, architecture)
+    options = cls.config_class().get_text_config().to_dict()
+    sizes = {option: size for option, size in MIXTURE_SIZES.items() if option in options} | MIXTURES[architecture]
+    if cls.config_class().get_text_config().model_type == cls.config_class.model_type:
+        config = cls.config_class(**sizes)
+    else:
+        config = cls.config_class(text_config=sizes, vision_config=VISION)
+    torch.manual_seed(0)
+    return cls(config).eval()
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_router_loss_is_the_models_own(architecture):
+    model = build_mixture(architecture)
+    inputs = {"input_ids": torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))}
+    if architecture != "DogeForCausalLM":  # whose own function cannot take a mask in transformers 5.23
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, 5:] = 0
+    with torch.no_grad():
+        expected = model(**inputs, output_router_logits=True).aux_loss
+        assert expected > 0.1
+        assert add_head_access(model) is None
+        output = model(**inputs, output_router_logits=True, positions=torch.arange(3))
+    torch.testing.assert_close(output["aux_loss"], expected, rtol=0, atol=1e-6)

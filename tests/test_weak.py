@@ -1,6 +1,8 @@
 """Adapters as weak reference: what is in memory, what is trained, what is saved."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.data.tiny import build_model
-from wmss_trl.weak import DisabledAdapter, NamedAdapter, WeakReference, split_revision
+from wmss_trl.weak import DisabledAdapter, NamedAdapter, WeakReference
+from wmss_trl.weak_loading import split_revision
 
 PROJECTIONS = ["q_proj", "v_proj"]
 METHODS = {
@@ -308,6 +311,21 @@ def test_quantised_weak_model_of_a_full_run(make_trainer, wide_base):
     torch.testing.assert_close(weak_logits(trainer), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"`train_weak=True` cannot train a quantised `weak_model`"):
         make_trainer(wide_base, weak_model_name_or_path=wide_base, weak_model_init_kwargs=init_kwargs, train_weak=True)
+
+
+def test_quantised_weak_model_gives_its_memory_back_when_it_is_cached(make_trainer, wide_base):
+    init_kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    options = {"weak_model_name_or_path": wide_base, "weak_model_init_kwargs": init_kwargs}
+    plain = make_trainer(wide_base, **options)
+    plain.train()
+    trainer = make_trainer(wide_base, weak_cache="hidden", **options)
+    weak = trainer.weak_reference.model
+    backbone = weakref.ref(weak.model.layers[0].self_attn.q_proj.weight)
+    assert backbone().dtype == torch.uint8
+    trainer.train()
+    gc.collect()
+    assert backbone() is None
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5)
 
 
 # Bad input

@@ -150,7 +150,7 @@ class DataActivation:
         identity = {
             "train_dataset": self.fingerprint,
             "precision": accelerator.mixed_precision,
-            "attention": model.config._attn_implementation,
+            "attention": self.strong().config._attn_implementation,
         }
         if type(collator) is not DataCollatorForLanguageModeling:  # the user's, which may change tokens and labels
             identity["collator"] = self._inspect_collator(collator, scored, lengths)

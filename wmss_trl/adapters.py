@@ -129,11 +129,11 @@ def copy_adapter(model: "PeftModel") -> str:
 
 def load_adapter_config(name_or_path: str, init_kwargs: dict[str, Any]) -> "PeftConfig | None":
     """Configuration of the adapter in a folder or on the Hub, or `None` if there is a whole model."""
-    from peft import PeftConfig
-
     hub_kwargs = {key: init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in init_kwargs}
     if find_adapter_config_file(name_or_path, **hub_kwargs) is None:
         return None
+    from peft import PeftConfig
+
     return PeftConfig.from_pretrained(name_or_path, **hub_kwargs)
 
 

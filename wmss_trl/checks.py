@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import PreTrainedModel
 
 from .engines import engine_name
@@ -31,6 +32,12 @@ def check_call(
     Raises:
         ValueError: If it cannot be used.
     """
+    named = args.weak_model_name_or_path if weak_model is None else weak_model
+    if named is not None and not isinstance(named, (str, nn.Module)):
+        raise ValueError(
+            f"`weak_model={named!r}` is neither a name nor a model. Pass the folder of a checkpoint or a hub id as a "
+            "string, or a loaded model."
+        )
     if weak_model is not None and weak_model is model and not isinstance(weak_model, str):
         raise ValueError(
             "`weak_model` and `model` are the same object. Omit `weak_model` to mix with the model as it is handed "

@@ -67,7 +67,7 @@ class RankArguments:
         model (`str`):
             Hub id or folder of the strong model.
         candidates (`list[str]`):
-            Hub ids, checkpoints, or folders that hold checkpoints.
+            Hub ids (`org/name@revision`), checkpoints, or folders that hold checkpoints.
         dataset, dataset_config, dataset_split:
             See [`ScoreArguments`].
         sample (`int`, *optional*, defaults to `256`):
@@ -213,6 +213,7 @@ def rank_weak(arguments: RankArguments, config: WMSSConfig) -> list[Separation]:
         trainer.train_dataset.select_columns(["input_ids", "labels"]),
         DataCollatorForLanguageModeling(trainer.data_collator.pad_token_id),
         trainer.processing_class,
+        trust_remote_code=config.trust_remote_code,
         buffer_bytes=config.logits_buffer_mb * 2**20,
     )
 

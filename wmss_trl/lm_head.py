@@ -1,6 +1,9 @@
 """Reaching a model's last hidden states and LM head from inside its forward, where wrappers keep them whole."""
 
 import functools
+import inspect
+import math
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,13 +153,7 @@ def add_head_access(model: nn.Module) -> str | None:
             value = with_lm_head(value, lm_head_of(self))
         if not kwargs.get("output_router_logits"):
             return HeadOutput(value=value, aux_loss=None)
-        # Every mixture of experts in transformers takes this function over from Mixtral
-        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-        config = self.config.get_text_config()
-        aux_loss = load_balancing_loss_func(
-            outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-        )
+        aux_loss = router_loss(self, outputs.router_logits, kwargs.get("attention_mask"))
         return HeadOutput(value=value, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
@@ -166,6 +163,36 @@ def add_head_access(model: nn.Module) -> str | None:
     (problem,) = problem
     model.has_head_access = problem is None
     return problem
+
+
+def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+    """
+    Load-balancing loss of a mixture of experts, as the forward of its class computes it (checked with transformers
+    5.23: most families have a copy of Mixtral's function, and keep the number of experts in the model or its config).
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model that is not wrapped in an adapter.
+        router_logits (`tuple[torch.Tensor, ...]`):
+            What its backbone returned for `output_router_logits=True`.
+        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+            Which tokens count.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)  # FSDP2 and users make subclasses
+    function = next(
+        module.load_balancing_loss_func for module in modules if hasattr(module, "load_balancing_loss_func")
+    )
+    config = model.config.get_text_config()
+    num_experts, top_k = (
+        getattr(model, name) if hasattr(model, name) else getattr(config, name)
+        for name in ("num_experts", "num_experts_per_tok")
+    )
+    if "num_keys" in inspect.signature(function).parameters:  # Doge, whose experts lie on a square of keys
+        return function(router_logits, num_experts, math.isqrt(num_experts), top_k, attention_mask)
+    return function(router_logits, num_experts, top_k, attention_mask)
 
 
 def _head_problem(model: nn.Module) -> str | None:

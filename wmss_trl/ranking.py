@@ -18,7 +18,7 @@ from .lm_head import LMHead, add_head_access, evaluating, unwrap_adapter
 from .losses import next_token_targets
 from .scoring import example_lengths, length_batches
 from .tiles import project, transform_logits_
-from .weak import check_same_vocabulary, load_tokenizer, load_weak_model
+from .weak_loading import check_same_vocabulary, load_tokenizer, load_weak_model, naming_weak_model, split_revision
 
 if TYPE_CHECKING:
     from .config import WMSSConfig
@@ -208,6 +208,7 @@ def rank_weak_models(
     data_collator: DataCollator,
     processing_class: PreTrainedTokenizerBase | None = None,
     on_result: Callable[[Separation], None] | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> list[Separation]:
     """
@@ -217,13 +218,15 @@ def rank_weak_models(
         strong ([`~transformers.PreTrainedModel`]):
             The strong model.
         candidates (`list[str]`):
-            Hub ids and folders of checkpoints, see [`expand_candidates`].
+            Hub ids (`org/name@revision`) and folders of checkpoints, see [`expand_candidates`].
         dataset, data_collator, options:
             See [`separation`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the strong model, which the candidates' must agree with.
         on_result (`Callable[[Separation], None]`, *optional*):
             Receives each result as soon as it is there.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether a candidate may bring its own code.
 
     Returns:
         `list[Separation]`: the best first: those that are far enough before those that are too close or more certain
@@ -231,8 +234,11 @@ def rank_weak_models(
     """
     results = []
     for name in expand_candidates(candidates):
-        weak = load_weak_model(name, strong).to(next(strong.parameters()).device)
-        check_same_vocabulary(strong, weak, processing_class, load_tokenizer(name))
+        init_kwargs = {"trust_remote_code": trust_remote_code}
+        place = split_revision(name, init_kwargs)
+        with naming_weak_model(place):
+            weak = load_weak_model(place, strong, **init_kwargs).to(next(strong.parameters()).device)
+        check_same_vocabulary(strong, weak, processing_class, load_tokenizer(place, init_kwargs))
         results.append(separation(strong, weak, dataset, data_collator, name=name, **options))
         if on_result is not None:
             on_result(results[-1])
@@ -270,6 +276,7 @@ def rank_checkpoints(
         sample.select_columns([column for column in ("input_ids", "labels") if column in columns]),
         DataCollatorForLanguageModeling(processing_class.pad_token_id),
         processing_class,
+        trust_remote_code=args.trust_remote_code,
         buffer_bytes=args.logits_buffer_mb * 2**20,
     )
 

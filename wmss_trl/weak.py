@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel, is_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from .adapters import (
@@ -28,7 +28,8 @@ from .adapters import (
 )
 from .engines import add_unit, engine_name, prepare_frozen
 from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter
-from .sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole, whole_shape
+from .sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole
+from .weak_loading import check_same_vocabulary, load_tokenizer, load_weak_model, naming_weak_model, split_revision
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -87,7 +88,10 @@ class WeakReference:
             bias = None if head.bias is None else head.bias.detach()
             head = replace(head, weight=head.weight.detach(), bias=bias)
             self.lm_head = lambda: head
-            self.model.to("meta")
+            if getattr(self.model, "is_quantized", False):  # whose weights cannot be moved to the meta device
+                self.model._modules.clear()
+            else:
+                self.model.to("meta")
 
     def states(
         self, inputs: dict[str, Any], positions: Tensor, hidden: Tensor | None = None
@@ -418,12 +422,12 @@ def make_weak_reference(
         if isinstance(weak_model, str):
             init_kwargs = {"trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
             weak_model = split_revision(weak_model, init_kwargs)
-            if is_peft_model(strong) and (config := load_adapter_config(weak_model, init_kwargs)) is not None:
-                check_same_vocabulary(strong, strong, processing_class, load_tokenizer(weak_model))
-                return beside(current_strong, load_adapter(strong, weak_model, config, init_kwargs))
-            hub_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
-            weak_tokenizer = load_tokenizer(weak_model, **hub_kwargs)
-            weak_model = load_weak_model(weak_model, strong, **init_kwargs)
+            with naming_weak_model(weak_model):
+                weak_tokenizer = load_tokenizer(weak_model, init_kwargs)
+                if is_peft_model(strong) and (config := load_adapter_config(weak_model, init_kwargs)) is not None:
+                    check_same_vocabulary(strong, strong, processing_class, weak_tokenizer)
+                    return beside(current_strong, load_adapter(strong, weak_model, config, init_kwargs))
+                weak_model = load_weak_model(weak_model, strong, **init_kwargs)
         else:
             if {id(p) for p in weak_model.parameters()} & {id(p) for p in strong.parameters()}:
                 raise ValueError(
@@ -431,7 +435,7 @@ def make_weak_reference(
                     "`weak_model`, or load it separately."
                 )
             folder = get_config_model_id(weak_model.config)
-            weak_tokenizer = load_tokenizer(folder) if folder and Path(folder).is_dir() else None
+            weak_tokenizer = load_tokenizer(folder, {}) if folder and Path(folder).is_dir() else None
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
     head_problem = add_head_access(unwrap_adapter(weak_model))
     if not args.train_weak:
@@ -461,19 +465,6 @@ def keeps_base_weights(peft_config: "PeftConfig") -> bool:
     return getattr(peft_config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva")
 
 
-def split_revision(name: str, init_kwargs: dict[str, Any]) -> str:
-    """Take the `@revision` of a hub id off and put it into the keyword arguments for loading."""
-    if "@" not in name or Path(name).exists():
-        return name
-    name, revision = name.split("@", 1)
-    if init_kwargs.setdefault("revision", revision) != revision:
-        raise ValueError(
-            f"The weak model {name!r} has the revision {revision!r} in its name and {init_kwargs['revision']!r} in "
-            "`weak_model_init_kwargs`. Keep one of them."
-        )
-    return name
-
-
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """
     Copy of a model for use as the weak reference, on the same device.
@@ -499,68 +490,6 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     # A patched forward (TRL 1.16's fused LM head, ours) is an instance attribute whose closure runs the original model
     vars(unwrap_adapter(weak)).pop("forward", None)
     return weak
-
-
-def load_weak_model(name_or_path: str, strong: PreTrainedModel, **init_kwargs: Any) -> PreTrainedModel:
-    """
-    Load a weak model from a checkpoint folder (of a model, or of an adapter with its base) or the Hub.
-
-    Args:
-        name_or_path (`str`):
-            Folder or hub id.
-        strong ([`~transformers.PreTrainedModel`]):
-            The strong model, whose `dtype` and attention implementation are the defaults.
-        init_kwargs:
-            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`].
-    """
-    init_kwargs.setdefault("dtype", strong.dtype)
-    init_kwargs.setdefault("attn_implementation", strong.config._attn_implementation)
-    # Loading may draw random numbers; phase 1 must not notice
-    with torch.random.fork_rng(devices=[]):
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
-
-
-def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer stored with a model, or `None` if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def check_same_vocabulary(
-    strong: PreTrainedModel,
-    weak: PreTrainedModel,
-    strong_tokenizer: PreTrainedTokenizerBase | None = None,
-    weak_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """
-    Check that logits of both models can be mixed: equal vocabulary sizes and, where both tokenizers are known, no
-    token id with two meanings.
-
-    Raises:
-        ValueError: If the vocabularies differ.
-    """
-    strong_size, weak_size = (whole_shape(model.get_output_embeddings().weight)[0] for model in (strong, weak))
-    remedy = "Use an earlier checkpoint of the same model, or another model with the same tokenizer."
-    if strong_size != weak_size:
-        raise ValueError(
-            f"`weak_model` has a vocabulary of {weak_size} tokens and the model one of {strong_size}: their logits "
-            f"cannot be mixed. {remedy}"
-        )
-    if strong_tokenizer is None or weak_tokenizer is None:
-        return
-    strong_tokens, weak_tokens = (
-        {index: token for token, index in tokenizer.get_vocab().items()}
-        for tokenizer in (strong_tokenizer, weak_tokenizer)
-    )
-    clashes = [i for i in sorted(strong_tokens.keys() & weak_tokens.keys()) if strong_tokens[i] != weak_tokens[i]]
-    if clashes:
-        first = clashes[0]
-        raise ValueError(
-            f"`weak_model` has another tokenizer: {len(clashes)} token ids mean something else, for example id "
-            f"{first} is {weak_tokens[first]!r} there and {strong_tokens[first]!r} in the model. {remedy}"
-        )
 
 
 def fingerprint(parameters: dict[str, nn.Parameter]) -> str:
