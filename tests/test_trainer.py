@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import sums
 from datasets import Dataset
 from safetensors.torch import load_file
+from test_losses import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -200,9 +200,8 @@ def reference_run(model, weak, trainer, order):
         with torch.no_grad():
             weak_logits = weak(**inputs).logits[:, :-1].flatten(0, 1)
         mix = args.mixing_lambda * logits + (1 - args.mixing_lambda) * weak_logits
-        loss = args.anchor_weight * F.cross_entropy(logits, labels) + (1 - args.anchor_weight) * F.cross_entropy(
-            mix, labels
-        )
+        anchor, mixed = (cross_entropy(z, labels, args.loss_type) for z in (logits, mix))
+        loss = args.anchor_weight * anchor + (1 - args.anchor_weight) * mixed
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -211,8 +210,9 @@ def reference_run(model, weak, trainer, order):
     return history
 
 
-@pytest.mark.parametrize("anchor_weight", [0.0, 0.4])
-def test_weak_driven_epoch_equals_a_plain_loop(make_trainer, make_model, anchor_weight):
+@pytest.mark.parametrize(("anchor_weight", "loss_type"), [(0.0, "nll"), (0.4, "nll"), (0.0, "dft"), (0.4, "dft")])
+@pytest.mark.parametrize("full_logits", [False, True])
+def test_weak_driven_epoch_equals_a_plain_loop(make_trainer, make_model, anchor_weight, loss_type, full_logits):
     strong, weak = make_model(seed=1, dropout=0.0), make_model(seed=2, dropout=0.0)
     expected_model, expected_weak = copy.deepcopy(strong), copy.deepcopy(weak)
     trainer = make_trainer(
@@ -225,7 +225,9 @@ def test_weak_driven_epoch_equals_a_plain_loop(make_trainer, make_model, anchor_
         learning_rate=0.5,
         mixing_lambda=0.4,
         anchor_weight=anchor_weight,
+        loss_type=loss_type,
     )
+    trainer._full_logits = full_logits
     trainer.train()
     order = list(trainer.curriculum_sampler)
     batches = [order[i : i + 4] for i in range(0, len(order), 4)]
@@ -234,6 +236,25 @@ def test_weak_driven_epoch_equals_a_plain_loop(make_trainer, make_model, anchor_
     for parameter, expected in zip(trainer.model.parameters(), expected_model.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
     assert_same_weights(weak, expected_weak)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 64}])
+def test_dft_at_a_lambda_of_1_is_that_of_sft_trainer(make_trainer, make_model, make_args, tokenizer, dataset, options):
+    """In phase 1 and, with a schedule that stays at 1, through the mixed loss; batches are accumulated."""
+    options = options | {"loss_type": "dft", "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    sft = SFTTrainer(
+        make_model(dropout=0.0), make_args(SFTConfig, **options), train_dataset=dataset, processing_class=tokenizer
+    )
+    sft.train()
+    ones = {"lambda_schedule": "linear", "mixing_lambda": 1.0, "final_mixing_lambda": 1.0}
+    weak = make_model(seed=3, dropout=0.0)
+    trainer = make_trainer(make_model(dropout=0.0), weak_model=weak, curriculum=False, **ones, **options)
+    trainer.train()
+    assert "mixed_nll" not in trainer.state.log_history[0]
+    assert "mixed_nll" in trainer.state.log_history[-2]
+    np.testing.assert_allclose(losses(trainer), losses(sft), rtol=1e-6)
+    for parameter, expected in zip(trainer.model.parameters(), sft.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("weak_driven", [False, True])
