@@ -795,9 +795,62 @@ def test_examples_without_supervised_tokens_are_named(make_trainer):
         make_trainer(train_dataset=Dataset.from_list(rows))
 
 
-def test_data_smaller_than_a_batch_is_refused(make_trainer, dataset):
-    with pytest.raises(ValueError, match=r"`active_fraction=0.63` of 5 examples.*less than one batch of 4"):
-        make_trainer(train_dataset=dataset.select(range(5)))
+def test_an_active_set_of_which_drop_last_leaves_nothing_is_refused(make_trainer, dataset):
+    with pytest.raises(ValueError, match=r"3 examples, less than one batch of 4.*`dataloader_drop_last=True` leaves"):
+        make_trainer(train_dataset=dataset.select(range(5)), dataloader_drop_last=True)
+    make_trainer(train_dataset=dataset.select(range(6)), dataloader_drop_last=True)  # 4 examples
+
+
+def test_data_smaller_than_a_batch_goes_through_all_phases(make_trainer, make_model, dataset):
+    """Five rows in batches of eight: a step of SFT on all, then weak-driven ones on the three of each draw."""
+    weak = make_model(seed=2, dropout=0.0)
+    options = {"per_device_train_batch_size": 8, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.5}
+    steps = WeightsAt(1)
+    trainer = make_trainer(
+        make_model(dropout=0.0), dataset.select(range(5)), weak_model=weak, callbacks=[steps], **options
+    )
+    draws, redraw = [], trainer.curriculum_sampler.redraw
+    trainer.curriculum_sampler.redraw = lambda epoch: (redraw(epoch), draws.append(list(trainer.curriculum_sampler)))
+    trainer.train()
+    assert [len(draw) for draw in draws] == [3, 3]
+    assert trainer.state.global_step == trainer.state.max_steps == 3
+    assert ["mixed_nll" in entry for entry in trainer.state.log_history[:3]] == [False, True, True]
+    expected = make_model(dropout=0.0)
+    expected.load_state_dict(steps.models[1])
+    np.testing.assert_allclose(losses(trainer)[1:], reference_run(expected, weak, trainer, draws), rtol=1e-5)
+    for parameter, value in zip(trainer.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, value, rtol=1e-5, atol=1e-6)
+    sft = make_trainer(
+        make_model(dropout=0.0), dataset.select(range(5)), mixing_lambda=1.0, curriculum=False, max_steps=1, **options
+    )
+    sft.train()
+    assert losses(trainer)[0] == losses(sft)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        ({}, 3),
+        ({"gradient_accumulation_steps": 4}, 3),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 3),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 3 + 2 + 2),
+        ({"train_sampling_strategy": "group_by_length"}, 3),
+        ({"packing": True, "max_length": 200}, 3),  # one row
+        ({"max_steps": 4}, 4),
+        ({"active_fraction": 0.1, "lambda_schedule": "crossover"}, 3),
+        ({"weak_refresh": "epoch"}, 3),
+    ],
+)
+def test_runs_on_data_smaller_than_a_batch_resume_exactly(make_trainer, dataset, options, total, tmp_path):
+    options = {"per_device_train_batch_size": 8, "train_dataset": dataset.select(range(5)), **options}
+    whole = make_trainer(**options, save_strategy="steps", save_steps=1, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    assert whole.state.global_step == whole.state.max_steps == total
+    for step in range(1, total):
+        resumed = make_trainer(**options, output_dir=str(tmp_path / "resumed"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert losses(resumed) == losses(whole), step
+        assert_same_weights(resumed.model, whole.model)
 
 
 def test_entropy_that_is_not_a_number_stops_with_the_indices(make_trainer, make_model):
