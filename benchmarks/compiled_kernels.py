@@ -96,10 +96,11 @@ def ours(dtype: str, capability: int, floats: str) -> dict[str, Compiled]:
         constants |= {"BLOCK_SIZE": kernels._BLOCK_SIZE, "LANE_WIDTH": kernels._LANE_WIDTH}
         name = "statistics" + ", softcap" * softcap + ", logit statistics" * moments
         results[name] = compile_kernel(kernels._statistics_kernel, dtype, capability, floats, **constants)
-    for softcap, anchor, weak in itertools.product((False, True), repeat=3):
-        constants = {"STRONG_HAS_SOFTCAP": softcap, "WEAK_HAS_SOFTCAP": softcap}
-        constants |= {"HAS_ANCHOR": anchor, "NEEDS_WEAK": weak, "BLOCK_SIZE": kernels._BLOCK_SIZE}
-        name = "gradient" + ", softcap" * softcap + ", anchored" * anchor + ", of the weak model too" * weak
+    for softcap, anchor, dft, weak in itertools.product((False, True), repeat=4):
+        constants = {"STRONG_HAS_SOFTCAP": softcap, "WEAK_HAS_SOFTCAP": softcap, "HAS_ANCHOR": anchor, "IS_DFT": dft}
+        constants |= {"NEEDS_WEAK": weak, "BLOCK_SIZE": kernels._BLOCK_SIZE}
+        name = "gradient" + ", softcap" * softcap + ", anchored" * anchor + ", dft" * dft
+        name += ", of the weak model too" * weak
         results[name] = compile_kernel(kernels._gradient_kernel, dtype, capability, floats, **constants)
     return results
 

@@ -29,7 +29,6 @@ from wmss_trl import WMSSConfig
         ({"sft_epochs": -1}, r"`sft_epochs` must be a whole number >= 0, got -1"),
         ({"sft_epochs": 0.5}, r"`sft_epochs` must be a whole number, got 0.5"),
         ({"scoring_batch_size": 0}, r"`scoring_batch_size` must be >= 1, got 0"),
-        ({"loss_type": "dft"}, r"`loss_type='dft'` cannot be combined"),
         ({"label_smoothing_factor": 0.1}, r"`label_smoothing_factor=0.1` cannot be combined"),
         ({"scoring_tokens_per_batch": 0}, r"`scoring_tokens_per_batch` must be >= 1, got 0"),
         ({"scoring_batch_size": 4, "scoring_tokens_per_batch": 99}, r"Both `scoring_batch_size=4` and .*=99` are set"),
@@ -113,6 +112,7 @@ def linear_in_progress(progress):
 @pytest.mark.parametrize(
     "options",
     [
+        {"loss_type": "dft"},
         {"loss_type": "dft", "mixing_lambda": 1.0},
         {"packing": True, "packing_strategy": "wrapped", "curriculum": False},
         {"packing": True},

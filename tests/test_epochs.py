@@ -7,11 +7,12 @@ from wmss_trl.epochs import EpochPlan
 
 @pytest.mark.parametrize("accumulation", [1, 3, 100])
 @pytest.mark.parametrize("sft_epochs", [0, 1, 2])
-def test_plan_equals_walking_through_the_run(sft_epochs, accumulation):
-    plan = EpochPlan(sft_epochs, full_batches=10, active_batches=7, accumulation=accumulation)
+@pytest.mark.parametrize(("full_batches", "active_batches"), [(10, 7), (1, 1), (2, 1)])
+def test_plan_equals_walking_through_the_run(full_batches, active_batches, sft_epochs, accumulation):
+    plan = EpochPlan(sft_epochs, full_batches, active_batches, accumulation)
     walk = []  # (epoch, step within the epoch) of every optimizer step
     for epoch in range(5):
-        batches = 10 if epoch < sft_epochs else 7
+        batches = full_batches if epoch < sft_epochs else active_batches
         walk += [(epoch, step) for step in range(len(range(0, batches, accumulation)))]
         assert plan.total_steps(epoch + 1) == len(walk)
     for step, place in enumerate(walk):

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from test_losses import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from wmss_trl import WMSSTrainer
@@ -50,7 +50,7 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def two_model_loop(strong, weak, trainer, trainable, mixing_lambda, anchor_weight, steps):
+def two_model_loop(strong, weak, trainer, trainable, mixing_lambda, anchor_weight, steps, loss_type="nll"):
     """Algorithm 1 as a plain PyTorch loop on full float32 logits."""
     args = trainer.args
     parameters = [p for model in (strong, weak) for name, p in model.named_parameters() if trainable(name)]
@@ -61,7 +61,8 @@ def two_model_loop(strong, weak, trainer, trainable, mixing_lambda, anchor_weigh
         labels = batch.pop("labels")[:, 1:].flatten()
         z_strong, z_weak = (model(**batch).logits[:, :-1].flatten(0, 1) for model in (strong, weak))
         mix = mixing_lambda * z_strong + (1 - mixing_lambda) * z_weak
-        loss = anchor_weight * F.cross_entropy(z_strong, labels) + (1 - anchor_weight) * F.cross_entropy(mix, labels)
+        anchor, mixed = (cross_entropy(logits, labels, loss_type) for logits in (z_strong, mix))
+        loss = anchor_weight * anchor + (1 - anchor_weight) * mixed
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -70,9 +71,9 @@ def two_model_loop(strong, weak, trainer, trainable, mixing_lambda, anchor_weigh
     return history
 
 
-@pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
+@pytest.mark.parametrize(("anchor_weight", "loss_type"), [(0.0, "nll"), (0.3, "nll"), (0.3, "dft")])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_full_models_equal_a_plain_loop(make_trainer, make_model, anchor_weight, activation_checkpointing):
+def test_full_models_equal_a_plain_loop(make_trainer, make_model, anchor_weight, loss_type, activation_checkpointing):
     strong, weak = make_model(seed=1, dropout=0.0), make_model(seed=2, dropout=0.0)
     expected_strong, expected_weak = copy.deepcopy(strong), copy.deepcopy(weak)
     trainer = make_trainer(
@@ -80,13 +81,15 @@ def test_full_models_equal_a_plain_loop(make_trainer, make_model, anchor_weight,
         weak_model=weak,
         mixing_lambda=0.4,
         anchor_weight=anchor_weight,
+        loss_type=loss_type,
         curriculum=False,
         train_sampling_strategy="sequential",
         activation_checkpointing=activation_checkpointing,
     )
     trainer.train()
+    steps = trainer.state.global_step
     history = two_model_loop(
-        expected_strong, expected_weak, trainer, lambda name: True, 0.4, anchor_weight, trainer.state.global_step
+        expected_strong, expected_weak, trainer, lambda name: True, 0.4, anchor_weight, steps, loss_type
     )
     assert len(history) == 10
     np.testing.assert_allclose(losses(trainer), history, rtol=1e-6)

@@ -27,16 +27,18 @@ def run(tensors, targets, wanted, **options):
 
 
 @pytest.mark.parametrize("wanted", [(), ("strong_hidden", "strong_weight", "strong_bias"), "all"])
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
 @pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "scale and softcap"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_triton_equals_pytorch(monkeypatch, dtype, tolerance, head, anchor_weight, wanted):
+def test_triton_equals_pytorch(monkeypatch, dtype, tolerance, head, anchor_weight, loss_type, wanted):
     # More columns than a block of the kernels, several tiles of rows
     tensors, targets = random_heads(num_tokens=11, vocab_size=1500, dtype=dtype)
     wanted = tuple(tensors) if wanted == "all" else wanted
     options = {
         "anchor_weight": anchor_weight,
         "logit_statistics": bool(anchor_weight),
+        "loss_type": loss_type,
         "buffer_bytes": 4 * 2 * 1500 * dtype.itemsize,
         **head,
     }
@@ -87,7 +89,7 @@ def test_kernels_compile_for_gpus_that_need_not_be_there(capability, dtype, floa
     output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if "|" in line][2:]
     instructions = {name: int(count) for name, _, _, count, _ in rows}
-    assert len(rows) == 2 + 4 + 8
+    assert len(rows) == 2 + 4 + 16
     assert {(spilled, in_fp64) for _, _, spilled, _, in_fp64 in rows} == {("0", "0")}
     assert instructions["statistics"] < 1.3 * instructions["TRL's forward"]
     assert instructions["gradient"] < 1.3 * instructions["TRL's backward"]

@@ -16,11 +16,21 @@ from wmss_trl.losses import (
 )
 
 
-def full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight=0.0):
+def cross_entropy(logits, targets, loss_type="nll"):
+    """The mean over valid targets, in DFT (arXiv 2508.05629) weighted by the detached probabilities of these."""
+    if loss_type == "nll":
+        return F.cross_entropy(logits, targets)
+    valid = targets != -100
+    log_probs = torch.distributions.Categorical(logits=logits[valid]).log_prob(targets[valid])
+    return -(log_probs.detach().exp() * log_probs).mean()
+
+
+def full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight=0.0, loss_type="nll"):
     """The definition, on full float64 logits with autograd."""
     strong, weak = strong.double(), weak.double()
     mix = mixing_lambda * strong + (1 - mixing_lambda) * weak
-    return anchor_weight * F.cross_entropy(strong, targets) + (1 - anchor_weight) * F.cross_entropy(mix, targets)
+    anchor, mixed = (cross_entropy(logits, targets, loss_type) for logits in (strong, mix))
+    return anchor_weight * anchor + (1 - anchor_weight) * mixed
 
 
 def random_case(num_tokens=13, vocab_size=37, dtype=torch.float32, seed=0):
@@ -31,15 +41,17 @@ def random_case(num_tokens=13, vocab_size=37, dtype=torch.float32, seed=0):
     return strong.to(dtype).requires_grad_(), weak.to(dtype).requires_grad_(), targets
 
 
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
 @pytest.mark.parametrize("mixing_lambda", [0.1, 0.5, 0.9, 1.0])
-def test_loss_and_gradients_equal_the_definition_in_float64(mixing_lambda, anchor_weight):
+def test_loss_and_gradients_equal_the_definition_in_float64(mixing_lambda, anchor_weight, loss_type):
     strong, weak, targets = random_case()
-    loss = mixed_cross_entropy(strong, weak, targets, mixing_lambda, anchor_weight=anchor_weight)
+    loss = mixed_cross_entropy(strong, weak, targets, mixing_lambda, anchor_weight=anchor_weight, loss_type=loss_type)
     grads = torch.autograd.grad(loss, (strong, weak))
-    expected = full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight)
+    expected = full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight, loss_type)
     expected_grads = torch.autograd.grad(expected, (strong, weak))
-    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    # The probability of an improbable target is only as exact as the log of it, which is large
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6 if loss_type == "nll" else 5e-6, atol=0)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad.double(), expected_grad.double(), rtol=1e-5, atol=1e-7)
 
@@ -51,11 +63,42 @@ def test_gradcheck():
     )
 
 
-def test_half_precision_is_as_exact_as_full_logits_in_that_precision():
+def test_dft_weights_are_constants_of_the_gradient():
+    """Finite differences of a loss whose weights are held at their values."""
+    strong, weak, targets = random_case(num_tokens=5, vocab_size=7, dtype=torch.float64)
+    loss = mixed_cross_entropy(strong, weak, targets, 0.4, anchor_weight=0.3, loss_type="dft")
+    grads = torch.autograd.grad(loss, (strong, weak))
+
+    def log_probs(strong, weak):
+        rows = (targets != -100).nonzero().squeeze(-1)
+        logits = torch.stack([strong, 0.4 * strong + 0.6 * weak])[:, rows]
+        return logits.log_softmax(-1)[:, range(len(rows)), targets[rows]]
+
+    with torch.no_grad():
+        weights = torch.tensor([[0.3], [0.7]], dtype=torch.float64) * log_probs(strong, weak).exp()
+        torch.testing.assert_close(loss, -(weights * log_probs(strong, weak)).sum() / (targets != -100).sum())
+        for leaf, grad in zip((strong, weak), grads, strict=True):
+            for i in range(leaf.numel()):
+                values = []
+                for step in (1e-5, -2e-5):
+                    leaf.view(-1)[i] += step
+                    values.append(-(weights * log_probs(strong, weak)).sum() / (targets != -100).sum())
+                leaf.view(-1)[i] += 1e-5
+                assert (values[0] - values[1]) / 2e-5 == pytest.approx(grad.view(-1)[i].item(), abs=1e-8)
+
+
+def test_unknown_loss_types_are_refused():
+    strong, weak, targets = random_case()
+    with pytest.raises(ValueError, match="`loss_type` must be 'nll' or 'dft', got 'focal'"):
+        mixed_cross_entropy(strong, weak, targets, 0.5, loss_type="focal")
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_half_precision_is_as_exact_as_full_logits_in_that_precision(loss_type):
     strong, weak, targets = random_case(num_tokens=64, vocab_size=500, dtype=torch.bfloat16)
-    loss = mixed_cross_entropy(strong, weak, targets, 0.5)
+    loss = mixed_cross_entropy(strong, weak, targets, 0.5, loss_type=loss_type)
     (grad,) = torch.autograd.grad(loss, strong)
-    exact = full_logit_loss(strong, weak, targets, 0.5)
+    exact = full_logit_loss(strong, weak, targets, 0.5, loss_type=loss_type)
     (exact_grad,) = torch.autograd.grad(exact, strong)
     torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)  # accumulated in float32
     assert grad.dtype == torch.bfloat16
@@ -210,20 +253,25 @@ def logits_of(tensors, name, scale=1.0, softcap=None, dtype=torch.float64):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def full_logit_head_loss(tensors, targets, mixing_lambda, anchor_weight=0.0, dtype=torch.float64, **head):
+def full_logit_head_loss(
+    tensors, targets, mixing_lambda, anchor_weight=0.0, dtype=torch.float64, loss_type="nll", **head
+):
     strong, weak = (
         logits_of(tensors, name, head.get(f"{name}_scale", 1.0), head.get(f"{name}_softcap"), dtype)
         for name in ("strong", "weak")
     )
-    return full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight)
+    return full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight, loss_type)
 
 
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "scale and softcap"])
 @pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("dtype", "loss_tolerance", "grad_tolerance"), [(torch.float64, 1e-10, 1e-9), (torch.float32, 2e-6, 1e-5)]
 )
-def test_fused_loss_equals_full_logits_in_float64(dtype, loss_tolerance, grad_tolerance, anchor_weight, head):
+def test_fused_loss_equals_full_logits_in_float64(
+    dtype, loss_tolerance, grad_tolerance, anchor_weight, head, loss_type
+):
     tensors, targets = random_heads(dtype=dtype)
     output = linear_mixed_cross_entropy(
         **tensors,
@@ -231,9 +279,10 @@ def test_fused_loss_equals_full_logits_in_float64(dtype, loss_tolerance, grad_to
         mixing_lambda=0.4,
         anchor_weight=anchor_weight,
         buffer_bytes=buffer_for(4, dtype=dtype),
+        loss_type=loss_type,
         **head,
     )
-    expected = full_logit_head_loss(tensors, targets, 0.4, anchor_weight, **head)
+    expected = full_logit_head_loss(tensors, targets, 0.4, anchor_weight, loss_type=loss_type, **head)
     torch.testing.assert_close(output.loss.double(), expected, rtol=loss_tolerance, atol=0)
     grads = torch.autograd.grad(output.loss, list(tensors.values()))
     expected_grads = torch.autograd.grad(expected, list(tensors.values()))
@@ -292,9 +341,12 @@ def test_fused_loss_for_any_shape_tile_and_label_pattern(
             torch.testing.assert_close(grad, other, rtol=1e-8, atol=1e-12)
 
 
-def test_fused_statistics_equal_those_of_the_full_logits():
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_fused_statistics_equal_those_of_the_full_logits(loss_type):
     tensors, targets = random_heads()
-    fused = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.3, buffer_bytes=buffer_for(4))
+    fused = linear_mixed_cross_entropy(
+        **tensors, targets=targets, mixing_lambda=0.3, buffer_bytes=buffer_for(4), loss_type=loss_type
+    )
     full = mixed_loss(*(logits_of(tensors, name, dtype=torch.float32) for name in ("strong", "weak")), targets, 0.3)
     for name in ("strong_log_probs", "mixed_log_probs", "strong_entropy", "weak_entropy", "mixed_entropy"):
         torch.testing.assert_close(getattr(fused, name), getattr(full, name), rtol=1e-5, atol=1e-5, msg=name)
@@ -318,14 +370,17 @@ def test_logit_statistics_are_the_mean_and_the_centered_norm():
     assert linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.3).strong_logit_mean is None
 
 
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fused_half_precision_is_as_exact_as_full_logits_in_that_precision(dtype):
+def test_fused_half_precision_is_as_exact_as_full_logits_in_that_precision(dtype, loss_type):
     tensors, targets = random_heads(num_tokens=64, vocab_size=200, dtype=dtype, bias=False)
-    exact = full_logit_head_loss(tensors, targets, 0.5)
+    exact = full_logit_head_loss(tensors, targets, 0.5, loss_type=loss_type)
     exact_grads = torch.autograd.grad(exact, list(tensors.values()))
-    halves = full_logit_head_loss(tensors, targets, 0.5, dtype=dtype)
+    halves = full_logit_head_loss(tensors, targets, 0.5, dtype=dtype, loss_type=loss_type)
     half_grads = torch.autograd.grad(halves, list(tensors.values()))
-    output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5, buffer_bytes=buffer_for(9, 200))
+    output = linear_mixed_cross_entropy(
+        **tensors, targets=targets, mixing_lambda=0.5, buffer_bytes=buffer_for(9, 200), loss_type=loss_type
+    )
     grads = torch.autograd.grad(output.loss, list(tensors.values()))
     assert output.loss.dtype == torch.float32
     assert abs(output.loss - exact) <= 2 * abs(halves - exact) + 1e-4

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import sums
 from datasets import Dataset
 from safetensors.torch import load_file
+from test_losses import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -200,9 +200,8 @@ def reference_run(model, weak, trainer, order):
         with torch.no_grad():
             weak_logits = weak(**inputs).logits[:, :-1].flatten(0, 1)
         mix = args.mixing_lambda * logits + (1 - args.mixing_lambda) * weak_logits
-        loss = args.anchor_weight * F.cross_entropy(logits, labels) + (1 - args.anchor_weight) * F.cross_entropy(
-            mix, labels
-        )
+        anchor, mixed = (cross_entropy(z, labels, args.loss_type) for z in (logits, mix))
+        loss = args.anchor_weight * anchor + (1 - args.anchor_weight) * mixed
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -211,8 +210,9 @@ def reference_run(model, weak, trainer, order):
     return history
 
 
-@pytest.mark.parametrize("anchor_weight", [0.0, 0.4])
-def test_weak_driven_epoch_equals_a_plain_loop(make_trainer, make_model, anchor_weight):
+@pytest.mark.parametrize(("anchor_weight", "loss_type"), [(0.0, "nll"), (0.4, "nll"), (0.0, "dft"), (0.4, "dft")])
+@pytest.mark.parametrize("full_logits", [False, True])
+def test_weak_driven_epoch_equals_a_plain_loop(make_trainer, make_model, anchor_weight, loss_type, full_logits):
     strong, weak = make_model(seed=1, dropout=0.0), make_model(seed=2, dropout=0.0)
     expected_model, expected_weak = copy.deepcopy(strong), copy.deepcopy(weak)
     trainer = make_trainer(
@@ -225,7 +225,9 @@ def test_weak_driven_epoch_equals_a_plain_loop(make_trainer, make_model, anchor_
         learning_rate=0.5,
         mixing_lambda=0.4,
         anchor_weight=anchor_weight,
+        loss_type=loss_type,
     )
+    trainer._full_logits = full_logits
     trainer.train()
     order = list(trainer.curriculum_sampler)
     batches = [order[i : i + 4] for i in range(0, len(order), 4)]
@@ -234,6 +236,25 @@ def test_weak_driven_epoch_equals_a_plain_loop(make_trainer, make_model, anchor_
     for parameter, expected in zip(trainer.model.parameters(), expected_model.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
     assert_same_weights(weak, expected_weak)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 64}])
+def test_dft_at_a_lambda_of_1_is_that_of_sft_trainer(make_trainer, make_model, make_args, tokenizer, dataset, options):
+    """In phase 1 and, with a schedule that stays at 1, through the mixed loss; batches are accumulated."""
+    options = options | {"loss_type": "dft", "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    sft = SFTTrainer(
+        make_model(dropout=0.0), make_args(SFTConfig, **options), train_dataset=dataset, processing_class=tokenizer
+    )
+    sft.train()
+    ones = {"lambda_schedule": "linear", "mixing_lambda": 1.0, "final_mixing_lambda": 1.0}
+    weak = make_model(seed=3, dropout=0.0)
+    trainer = make_trainer(make_model(dropout=0.0), weak_model=weak, curriculum=False, **ones, **options)
+    trainer.train()
+    assert "mixed_nll" not in trainer.state.log_history[0]
+    assert "mixed_nll" in trainer.state.log_history[-2]
+    np.testing.assert_allclose(losses(trainer), losses(sft), rtol=1e-6)
+    for parameter, expected in zip(trainer.model.parameters(), sft.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("weak_driven", [False, True])
@@ -830,9 +851,62 @@ def test_what_max_length_has_cut_off_is_said_with_a_small_active_set(make_traine
         make_trainer(train_dataset=Dataset.from_list(examples), max_length=40, dataloader_drop_last=True)
 
 
-def test_data_smaller_than_a_batch_is_refused(make_trainer, dataset):
-    with pytest.raises(ValueError, match=r"`active_fraction=0.63` of 5 examples.*less than one batch of 4"):
-        make_trainer(train_dataset=dataset.select(range(5)))
+def test_an_active_set_of_which_drop_last_leaves_nothing_is_refused(make_trainer, dataset):
+    with pytest.raises(ValueError, match=r"3 examples, less than one batch of 4.*`dataloader_drop_last=True` leaves"):
+        make_trainer(train_dataset=dataset.select(range(5)), dataloader_drop_last=True)
+    make_trainer(train_dataset=dataset.select(range(6)), dataloader_drop_last=True)  # 4 examples
+
+
+def test_data_smaller_than_a_batch_goes_through_all_phases(make_trainer, make_model, dataset):
+    """Five rows in batches of eight: a step of SFT on all, then weak-driven ones on the three of each draw."""
+    weak = make_model(seed=2, dropout=0.0)
+    options = {"per_device_train_batch_size": 8, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.5}
+    steps = WeightsAt(1)
+    trainer = make_trainer(
+        make_model(dropout=0.0), dataset.select(range(5)), weak_model=weak, callbacks=[steps], **options
+    )
+    draws, redraw = [], trainer.curriculum_sampler.redraw
+    trainer.curriculum_sampler.redraw = lambda epoch: (redraw(epoch), draws.append(list(trainer.curriculum_sampler)))
+    trainer.train()
+    assert [len(draw) for draw in draws] == [3, 3]
+    assert trainer.state.global_step == trainer.state.max_steps == 3
+    assert ["mixed_nll" in entry for entry in trainer.state.log_history[:3]] == [False, True, True]
+    expected = make_model(dropout=0.0)
+    expected.load_state_dict(steps.models[1])
+    np.testing.assert_allclose(losses(trainer)[1:], reference_run(expected, weak, trainer, draws), rtol=1e-5)
+    for parameter, value in zip(trainer.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, value, rtol=1e-5, atol=1e-6)
+    sft = make_trainer(
+        make_model(dropout=0.0), dataset.select(range(5)), mixing_lambda=1.0, curriculum=False, max_steps=1, **options
+    )
+    sft.train()
+    assert losses(trainer)[0] == losses(sft)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        ({}, 3),
+        ({"gradient_accumulation_steps": 4}, 3),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 3),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 3 + 2 + 2),
+        ({"train_sampling_strategy": "group_by_length"}, 3),
+        ({"packing": True, "max_length": 200}, 3),  # one row
+        ({"max_steps": 4}, 4),
+        ({"active_fraction": 0.1, "lambda_schedule": "crossover"}, 3),
+        ({"weak_refresh": "epoch"}, 3),
+    ],
+)
+def test_runs_on_data_smaller_than_a_batch_resume_exactly(make_trainer, dataset, options, total, tmp_path):
+    options = {"per_device_train_batch_size": 8, "train_dataset": dataset.select(range(5)), **options}
+    whole = make_trainer(**options, save_strategy="steps", save_steps=1, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    assert whole.state.global_step == whole.state.max_steps == total
+    for step in range(1, total):
+        resumed = make_trainer(**options, output_dir=str(tmp_path / "resumed"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert losses(resumed) == losses(whole), step
+        assert_same_weights(resumed.model, whole.model)
 
 
 def test_entropy_that_is_not_a_number_stops_with_the_indices(make_trainer, make_model):

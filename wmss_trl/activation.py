@@ -74,7 +74,7 @@ class DataActivation:
             Identity of the data set that is scored.
 
     Raises:
-        ValueError: If the data set cannot be scored, or its active set is smaller than a batch.
+        ValueError: If the data set cannot be scored, or its active set has no batch that is not dropped.
     """
 
     def __init__(
@@ -129,14 +129,15 @@ class DataActivation:
             **args.term_options,
         )
         batch_size = args.per_device_train_batch_size * accelerator.num_processes
-        if len(self.sampler) < batch_size:
+        if args.dataloader_drop_last and len(self.sampler) < batch_size:
             lost = num_given - len(self.dataset)
             cut = (
                 f" {lost} of the {num_given} examples given were dropped, since `max_length={args.max_length}` leaves"
             )
             raise ValueError(
                 f"The active set (`active_fraction={args.active_fraction}` of {len(train_dataset)} examples) has "
-                f"{len(self.sampler)} examples, less than one batch of {batch_size}. Use more data, a larger "
+                f"{len(self.sampler)} examples, less than one batch of {batch_size}, of which "
+                "`dataloader_drop_last=True` leaves nothing. Set it to False, or use more data, a larger "
                 "`active_fraction` or a smaller `per_device_train_batch_size`."
                 f"{f'{cut} them no supervised token.' if lost > 0 else ''}"
             )

@@ -42,6 +42,10 @@ class WMSSConfig(SFTConfig):
     full list of training arguments, please refer to the [`~transformers.TrainingArguments`] and [`~trl.SFTConfig`]
     documentation.
 
+    `loss_type="dft"` holds for the mixed loss too, as this project defines it: each token's cross-entropy is weighted
+    by the probability of its target, detached: the mixed one by `P_mix(y)`, the one of `anchor_weight` by
+    `P_strong(y)`. With `mixing_lambda=1.0` it is [`~trl.SFTConfig`]'s.
+
     Args:
         mixing_lambda (`float`, *optional*, defaults to `0.5`):
             Weight of the strong model in the mixed logits `lambda * z_strong + (1 - lambda) * z_weak`, in `(0, 1]`. At
@@ -366,11 +370,6 @@ class WMSSConfig(SFTConfig):
             )
         if self.logits_buffer_mb < 1:
             raise ValueError(f"`logits_buffer_mb` must be >= 1, got {self.logits_buffer_mb}. The default is 256.")
-        if self.mixes_logits and self.loss_type != "nll":
-            raise ValueError(
-                f"`loss_type={self.loss_type!r}` cannot be combined with the mixed loss, which is defined on the "
-                "cross-entropy. Use `loss_type='nll'`, or `mixing_lambda=1.0` for the curriculum alone."
-            )
         if self.mixes_logits and self.label_smoothing_factor != 0:
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` cannot be combined with the mixed loss. Set "

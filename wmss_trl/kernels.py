@@ -172,6 +172,8 @@ def _gradient_kernel(
     weak_ptr,
     stride,
     targets_ptr,
+    strong_log_probs_ptr,
+    mixed_log_probs_ptr,
     strong_log_z_ptr,
     mixed_log_z_ptr,
     vocab_size,
@@ -184,6 +186,7 @@ def _gradient_kernel(
     STRONG_HAS_SOFTCAP: tl.constexpr,
     WEAK_HAS_SOFTCAP: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
+    IS_DFT: tl.constexpr,
     NEEDS_WEAK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -206,10 +209,14 @@ def _gradient_kernel(
     z_mix = z_weak + mixing_lambda * (z_strong - z_weak)
     one_hot = (offsets == tl.load(targets_ptr + row)).to(tl.float32)
     g_mix = (1 - anchor_weight) * (_exp(z_mix - tl.load(mixed_log_z_ptr + row)) - one_hot)
+    if IS_DFT:
+        g_mix *= _exp(tl.load(mixed_log_probs_ptr + row))
     g_strong = mixing_lambda * g_mix
     if HAS_ANCHOR:
-        p_strong = _exp(z_strong - tl.load(strong_log_z_ptr + row))
-        g_strong += anchor_weight * (p_strong - one_hot)
+        g_anchor = anchor_weight * (_exp(z_strong - tl.load(strong_log_z_ptr + row)) - one_hot)
+        if IS_DFT:
+            g_anchor *= _exp(tl.load(strong_log_probs_ptr + row))
+        g_strong += g_anchor
     if STRONG_HAS_SOFTCAP:
         g_strong *= 1 - z_strong * z_strong * (1 / (strong_softcap * strong_softcap))
     tl.store(strong_ptrs, (g_strong * strong_scale).to(strong_ptr.dtype.element_ty), mask=mask)
@@ -265,12 +272,14 @@ def mix_tile(
             z_weak,
             z_strong.stride(0),
             targets,
+            *statistics[:2],
             strong_log_z,
             mixed_log_z,
             vocab_size,
             options.mixing_lambda,
             options.anchor_weight,
             HAS_ANCHOR=options.anchor_weight > 0,
+            IS_DFT=options.loss_type == "dft",
             NEEDS_WEAK=needs_weak,
             **head,
         )

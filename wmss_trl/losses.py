@@ -7,6 +7,9 @@ The mixed-logit loss of Weak-Driven Learning (arXiv 2602.08222).
     ∂loss/∂z_strong = a (P_strong - e_y) + (1 - a) λ (P_mix - e_y)
     ∂loss/∂z_weak   = (1 - a) (1 - λ) (P_mix - e_y)
 
+`loss_type="dft"` weighs each cross-entropy by the probability of its target, through which no gradient passes: the
+one of the anchor by P_strong(y), the mixed one by P_mix(y). At λ = 1 that is Dynamic Fine-Tuning (arXiv 2508.05629).
+
 The label stays the target: the weak model is never imitated, it gives probability back to plausible wrong tokens.
 """
 
@@ -39,7 +42,8 @@ class MixedLossOutput:
 
     Args:
         loss (`torch.Tensor` of shape `()`):
-            `a CE(z_strong) + (1 - a) CE(z_mix)` in nats: the sum over valid targets, divided by `num_items`.
+            `a CE(z_strong) + (1 - a) CE(z_mix)` in nats, each term weighted as `loss_type` says: the sum over valid
+            targets, divided by `num_items`.
         strong_log_probs, mixed_log_probs (`torch.Tensor` of shape `(N,)`):
             Log-probability of the target under the strong logits and under the mixed logits.
         strong_entropy, weak_entropy, mixed_entropy (`torch.Tensor` of shape `(N,)`):
@@ -76,6 +80,7 @@ def mixed_cross_entropy(
     num_items: Tensor | int | None = None,
     ignore_index: int = -100,
     anchor_weight: float = 0.0,
+    loss_type: str = "nll",
 ) -> Tensor:
     """
     Mixed-logit cross-entropy of Weak-Driven Learning.
@@ -96,11 +101,19 @@ def mixed_cross_entropy(
             Target value that marks ignored positions.
         anchor_weight (`float`, *optional*, defaults to `0.0`):
             Weight `a` of the strong model's own cross-entropy.
+        loss_type (`str`, *optional*, defaults to `"nll"`):
+            `"nll"`, or `"dft"` to weigh each token's cross-entropy by the detached probability of its target: `a
+            P_strong(y) CE(z_strong) + (1 - a) P_mix(y) CE(z_mix)`.
 
     Returns:
         `torch.Tensor` of shape `()`: the loss in nats, differentiable zero if every target is ignored.
+
+    Raises:
+        ValueError: If the logits differ in shape, or `loss_type` is unknown.
     """
-    return mixed_loss(strong_logits, weak_logits, targets, mixing_lambda, num_items, ignore_index, anchor_weight).loss
+    return mixed_loss(
+        strong_logits, weak_logits, targets, mixing_lambda, num_items, ignore_index, anchor_weight, loss_type
+    ).loss
 
 
 def mixed_loss(
@@ -111,6 +124,7 @@ def mixed_loss(
     num_items: Tensor | int | None = None,
     ignore_index: int = -100,
     anchor_weight: float = 0.0,
+    loss_type: str = "nll",
 ) -> MixedLossOutput:
     """Like [`mixed_cross_entropy`], and returns the per-token statistics with the loss as a [`MixedLossOutput`]."""
     if strong_logits.shape != weak_logits.shape:
@@ -118,7 +132,7 @@ def mixed_loss(
             f"`strong_logits` {tuple(strong_logits.shape)} and `weak_logits` {tuple(weak_logits.shape)} must have the "
             "same shape: both models must share one vocabulary."
         )
-    options = MixOptions(mixing_lambda, anchor_weight, ignore_index, torch.is_grad_enabled())
+    options = MixOptions(mixing_lambda, anchor_weight, ignore_index, torch.is_grad_enabled(), loss_type=loss_type)
     loss, *statistics = GradientInForward.apply(mix_logits, options, strong_logits, weak_logits, targets)
     mask = targets != ignore_index
     num_items = mask.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
@@ -144,6 +158,7 @@ def linear_mixed_cross_entropy(
     weak_softcap: float | None = None,
     buffer_bytes: int = 256 * 2**20,
     logit_statistics: bool = False,
+    loss_type: str = "nll",
 ) -> MixedLossOutput:
     """
     [`mixed_cross_entropy`] from hidden states and LM heads: the logits exist one tile of tokens at a time.
@@ -175,10 +190,15 @@ def linear_mixed_cross_entropy(
             Memory for the tiles of logits. At least one token's logits are held.
         logit_statistics (`bool`, *optional*, defaults to `False`):
             Whether to return the means and the centered norms of the logits too.
+        loss_type:
+            See [`mixed_cross_entropy`].
 
     Returns:
         [`MixedLossOutput`]: the loss, a differentiable zero if every target is ignored, and the statistics of each
         position. Whatever requires a gradient gets one; no work is done for the others.
+
+    Raises:
+        ValueError: If `loss_type` is unknown.
     """
     options = MixOptions(
         mixing_lambda=mixing_lambda,
@@ -190,6 +210,7 @@ def linear_mixed_cross_entropy(
         dtype=matmul_dtype(strong_hidden),
         grad_enabled=torch.is_grad_enabled(),
         logit_statistics=logit_statistics,
+        loss_type=loss_type,
     )
     mask = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     num_items = mask.sum() if num_items is None else torch.as_tensor(num_items, device=strong_hidden.device)

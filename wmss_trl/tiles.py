@@ -29,9 +29,14 @@ class MixOptions:
     scales: tuple[float, float] = (1.0, 1.0)
     softcaps: tuple[float | None, float | None] = (None, None)
     logit_statistics: bool = False
+    loss_type: str = "nll"
     # Of the fused form
     buffer_bytes: int | None = None
     dtype: torch.dtype | None = None
+
+    def __post_init__(self):
+        if self.loss_type not in ("nll", "dft"):
+            raise ValueError(f"`loss_type` must be 'nll' or 'dft', got {self.loss_type!r}.")
 
 
 class GradientInForward(torch.autograd.Function):
@@ -96,7 +101,9 @@ def mix_logits(
 
 
 def _summed_loss(statistics: Tensor, options: MixOptions) -> Tensor:
-    strong_log_probs, mixed_log_probs, *_ = statistics
+    strong_log_probs, mixed_log_probs = statistics[:2]
+    if options.loss_type == "dft":
+        strong_log_probs, mixed_log_probs = (x.exp() * x for x in (strong_log_probs, mixed_log_probs))
     return -(options.anchor_weight * strong_log_probs + (1 - options.anchor_weight) * mixed_log_probs).sum()
 
 
@@ -268,10 +275,14 @@ def _mix_block(
 
     minus_one = -torch.ones_like(y, dtype=p.dtype)
     g_mix = p.mul_((-log_normaliser).exp().unsqueeze(-1)).scatter_add_(-1, y, minus_one)  # P_mix - e_y
+    if options.loss_type == "dft":
+        g_mix.mul_(mixed_log_probs.exp().unsqueeze(-1))
     if needs_weak:
         _chain_(z_weak, g_mix, (1 - anchor) * (1 - lam), options.scales[1], options.softcaps[1])
     if needs_strong and anchor:
         g_strong = torch.softmax(z_strong, -1, out=z_mix).scatter_add_(-1, y, minus_one)  # P_strong - e_y
+        if options.loss_type == "dft":
+            g_strong.mul_(strong_log_probs.exp().unsqueeze(-1))
         g_strong.mul_(anchor).add_(g_mix, alpha=(1 - anchor) * lam)
         _chain_(z_strong, g_strong, 1, options.scales[0], options.softcaps[0])
     elif needs_strong:

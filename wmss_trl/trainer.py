@@ -422,6 +422,7 @@ class WMSSTrainer(SFTTrainer):
                         weak_softcap=weak.softcap,
                         buffer_bytes=self.args.logits_buffer_mb * 2**20,
                         logit_statistics=logit_statistics,
+                        loss_type=self.args.loss_type,
                     )
                 return mixed.loss
 
@@ -452,9 +453,14 @@ class WMSSTrainer(SFTTrainer):
             weak_logits = self.weak_reference.logits(inputs)
             outputs = model(**strong_inputs)
         logits, weak_logits = outputs.logits.flatten(0, 1), weak_logits.flatten(0, 1)
-        anchor_weight = self.args.anchor_weight
         mixed = mixed_loss(
-            logits, weak_logits, targets, mixing_lambda, num_items=num_items, anchor_weight=anchor_weight
+            logits,
+            weak_logits,
+            targets,
+            mixing_lambda,
+            num_items=num_items,
+            anchor_weight=self.args.anchor_weight,
+            loss_type=self.args.loss_type,
         )
         return mixed, outputs
 
