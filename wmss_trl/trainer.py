@@ -3,6 +3,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, has_length
 from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -39,7 +40,7 @@ from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_ada
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
 from .ranking import AUTO, markdown_ranking, rank_checkpoints
 from .refresh import WeakRefresh
-from .run_state import check_same_run
+from .run_state import check_same_order, check_same_run, check_same_steps
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
 from .scoring import undisturbed_random_state
@@ -448,7 +449,15 @@ class WMSSTrainer(SFTTrainer):
         if self.curriculum_sampler is not None:
             self._active_dataloader = self._make_active_dataloader()
             active_batches = len(self._active_dataloader)
-        self._plan = EpochPlan(args.sft_epochs, full_batches, active_batches, args.gradient_accumulation_steps)
+        num_processes = self.accelerator.num_processes
+        self._plan = EpochPlan(
+            args.sft_epochs,
+            full_batches,
+            active_batches,
+            args.gradient_accumulation_steps,
+            self._train_batch_size // (num_processes if self.accelerator.split_batches else 1),
+            num_processes,
+        )
         if active_batches == full_batches:
             return values
         if args.max_steps > 0:
@@ -485,30 +494,47 @@ class WMSSTrainer(SFTTrainer):
         epoch, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        self._crossover = None
         if self.curriculum_sampler is not None:
             self._activation.compare_with_initial_model()
             self.curriculum_sampler.drawn_epoch = None
-            if resume_from_checkpoint is not None:
-                epoch, steps = self._plan.locate(self.state.global_step)
-                batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
-        self._crossover = None
         if self._refresh is not None and self._refresh.round_epoch is not None and resume_from_checkpoint is None:
             raise ValueError(
                 "The weak model is no longer the one that the trainer began with, since `weak_refresh='epoch'` has "
                 "replaced it. Make a new trainer to train again, or pass `resume_from_checkpoint`."
             )
-        # Without this file it is a checkpoint of plain SFT, from which any run may go on
         if resume_from_checkpoint is not None and self.weak_reference is not None:
-            state = Path(resume_from_checkpoint) / self.STATE_FILE
-            if state.exists():
-                saved = json.loads(state.read_text())
-                check_same_run(state, saved["run"], self._identity())
-                self._crossover = saved["crossover"]
-                if self._refresh is not None:
-                    self._refresh.resume_from = Path(resume_from_checkpoint) / self.WEAK_FOLDER
-                if self.curriculum_sampler is not None:
-                    self.curriculum_sampler.load(resume_from_checkpoint)
+            epoch, steps = self._plan.locate(self.state.global_step)
+            batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+            self._take_up(Path(resume_from_checkpoint), epoch, steps)
         return epoch, batches
+
+    def _take_up(self, checkpoint: Path, epoch: int, steps: int) -> None:
+        """Go on with what a checkpoint holds, after some steps of an epoch."""
+        # For the callbacks: that of the checkpoint may come from a run whose epochs had other lengths
+        self.state.epoch = epoch + steps / self._plan.steps(epoch)
+        path = checkpoint / self.STATE_FILE
+        if not path.exists():  # a checkpoint of plain SFT, from which any run may go on
+            return
+        saved = json.loads(path.read_text())
+        check_same_run(path, saved["run"], self._identity())
+        if "epochs" in saved and self._depends_on_epochs():
+            before = EpochPlan(**saved["epochs"])
+            check_same_steps(checkpoint, before, self._plan)
+            if steps and (self.curriculum_sampler is None or epoch < self.args.sft_epochs):
+                check_same_order(checkpoint, self.args.train_sampling_strategy, before, self._plan)
+        self._crossover = saved["crossover"]
+        if self._refresh is not None:
+            self._refresh.resume_from = checkpoint / self.WEAK_FOLDER
+        if self.curriculum_sampler is not None:
+            self.curriculum_sampler.load(checkpoint)
+
+    def _depends_on_epochs(self) -> bool:
+        """Whether anything happens at the end of an epoch that SFTTrainer does not know."""
+        if self.curriculum_sampler is not None:
+            return True
+        # Without a length there is one epoch to transformers, or as many as it takes
+        return has_length(self.train_dataset) and (self.args.sft_epochs > 0 or self._refresh is not None)
 
     def _identity(self) -> dict[str, Any]:
         """What a run depends on and a resumed one must not change, in JSON types."""
@@ -582,7 +608,7 @@ class WMSSTrainer(SFTTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.weak_reference is not None and self.args.should_save and not self.args.save_only_model:
             folder.mkdir(parents=True, exist_ok=True)
-            state = {"run": self._identity(), "crossover": self._crossover}
+            state = {"run": self._identity(), "epochs": asdict(self._plan), "crossover": self._crossover}
             (folder / self.STATE_FILE).write_text(json.dumps(state, indent=1))
             if self.curriculum_sampler is not None:
                 self.curriculum_sampler.save(folder)
