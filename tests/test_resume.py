@@ -84,9 +84,9 @@ def test_another_number_of_steps_per_epoch_is_refused_with_the_reason(make_train
 
 def test_the_middle_of_an_epoch_whose_order_depends_on_the_split_is_refused(tmp_path):
     """transformers groups by length what one process sees in a step."""
-    one, accumulated, two = (
-        EpochPlan(1, 10, 6, accumulation, 4 // accumulation // n, n) for accumulation, n in ((1, 1), (2, 1), (1, 2))
-    )
+    one = EpochPlan(1, full_batches=10, active_batches=6, accumulation=1, batch_size=4)
+    accumulated = EpochPlan(1, full_batches=19, active_batches=12, accumulation=2, batch_size=2)
+    two = EpochPlan(1, full_batches=10, active_batches=6, accumulation=1, batch_size=2, num_processes=2)
     for plan in (accumulated, two):
         check_same_steps(tmp_path, one, plan)
         check_same_order(tmp_path, "random", one, plan)

@@ -30,11 +30,19 @@ from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
+from .checkpoints import without_parameters
 from .checks import check_call, check_lm_heads, check_model, check_replicated
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
-from .engines import LateParameters, check_engine, checkpoint_form, engine_name, whole_state_dict
+from .engines import (
+    LateParameters,
+    check_engine,
+    check_goes_on_from_sft,
+    checkpoint_form,
+    engine_name,
+    whole_state_dict,
+)
 from .epochs import EpochPlan
 from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter, whole_lm_head
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
@@ -515,6 +523,7 @@ class WMSSTrainer(SFTTrainer):
         self.state.epoch = epoch + steps / self._plan.steps(epoch)
         path = checkpoint / self.STATE_FILE
         if not path.exists():  # a checkpoint of plain SFT, from which any run may go on
+            check_goes_on_from_sft(checkpoint, self.args, self.accelerator)
             return
         saved = json.loads(path.read_text())
         check_same_run(path, saved["run"], self._identity())
@@ -631,7 +640,19 @@ class WMSSTrainer(SFTTrainer):
             return
         with weak.detached():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        weak.load(Path(resume_from_checkpoint) / self.WEAK_FOLDER)
+        folder = Path(resume_from_checkpoint) / self.WEAK_FOLDER
+        if folder.exists():  # not in a checkpoint of plain SFT, where the weak model is still as handed in
+            weak.load(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Private to transformers, checked with 5.23."""
+        weak = self.weak_reference
+        of_plain_sft = checkpoint is not None and not (Path(checkpoint) / self.WEAK_FOLDER).exists()
+        if weak is None or not weak.trained or engine_name(self.accelerator) != "replicated" or not of_plain_sft:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with without_parameters(self.optimizer, weak.trained_parameters()):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _prepare_dataset(
         self,
