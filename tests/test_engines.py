@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.adapters import active_adapter, copy_adapter
-from wmss_trl.engines import LateParameters, check_engine, checkpoint_form, engine_name
+from wmss_trl.engines import LateParameters, check_engine, check_goes_on_from_sft, checkpoint_form, engine_name
 from wmss_trl.run_state import check_same_run
 
 
@@ -98,6 +98,14 @@ def test_a_checkpoint_of_another_engine_or_number_of_processes_is_refused(make_a
     for other in (forms[0], forms[1], forms[3]):
         with pytest.raises(ValueError, match=r"'zero3, 4 processes' in the checkpoint.*form of their engine"):
             check_same_run(tmp_path / "state", {"engine": forms[2]}, {"engine": other})
+
+
+def test_joint_training_goes_on_from_plain_sft_only_without_an_engine(make_args, tmp_path):
+    check_goes_on_from_sft(tmp_path, make_args(train_weak=True), parallel())
+    for engine in (fsdp(), deepspeed(2), deepspeed(3)):
+        check_goes_on_from_sft(tmp_path, make_args(), engine)
+        with pytest.raises(ValueError, match=r"`train_weak=True` cannot go on from .* under .*`sft_epochs=0`"):
+            check_goes_on_from_sft(tmp_path, make_args(train_weak=True), engine)
 
 
 def test_whole_models_on_each_process_are_refused_under_an_engine(

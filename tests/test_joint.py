@@ -8,6 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from test_losses import cross_entropy
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.weak import TrainedAdapter, TrainedModel
@@ -159,6 +160,43 @@ def test_resumed_run_ends_the_same(make_trainer, lora, tmp_path):
         assert losses(resumed) == losses(whole), step
         assert torch.equal(logits(resumed.model), logits(whole.model))
         assert torch.equal(weak_logits(resumed), weak_logits(whole))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_goes_on_from_a_checkpoint_of_plain_sft(
+    make_trainer, make_model, make_args, tokenizer, dataset, lora, tmp_path
+):
+    """The weak branch is the model as handed in, and its optimizer states begin with the first weak-driven step."""
+    peft_config = LORA if lora else None
+    options = {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "weight_decay": 0.1}
+    torch.manual_seed(0)
+    sft = SFTTrainer(
+        make_model(dropout=0.0),
+        make_args(SFTConfig, **options, num_train_epochs=1, save_strategy="epoch", output_dir=str(tmp_path / "sft")),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=copy.deepcopy(peft_config),
+    )
+    sft.train()
+    runs = []
+    for checkpoint in (None, str(tmp_path / "sft" / "checkpoint-10")):
+        torch.manual_seed(0)
+        run = make_trainer(**options, peft_config=peft_config, sft_epochs=1, num_train_epochs=2, save_strategy="epoch")
+        run.train(resume_from_checkpoint=checkpoint)
+        runs.append(run)
+    whole, resumed = runs
+    assert len(losses(whole)) == 16
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+    assert torch.equal(weak_logits(resumed), weak_logits(whole))
+    assert not torch.equal(weak_logits(whole), logits(make_model(dropout=0.0)))
+    # With its state file deleted, a checkpoint of such a run still has the states of both branches
+    checkpoint = tmp_path / "run" / "checkpoint-10"
+    for name in ("wmss_state.json", "curriculum.npz"):
+        (checkpoint / name).unlink()
+    torch.manual_seed(0)
+    options["mixing_lambda"] = 0.4
+    make_trainer(**options, peft_config=peft_config, sft_epochs=1, num_train_epochs=2).train(str(checkpoint))
 
 
 def test_saved_model_is_the_strong_one_and_checkpoints_hold_both(make_trainer, tmp_path):

@@ -955,6 +955,7 @@ def test_overridden_private_methods_still_exist_with_their_signatures():
             "trial",
         ],
         "_save_checkpoint": ["self", "model", "trial"],
+        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
         "_get_dataloader": [
             "self",
             "dataset",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,6 +112,22 @@ def check_engine(args: "WMSSConfig", accelerator: Accelerator, has_adapter: bool
                 "`fsdp_state_dict_type: SHARDED_STATE_DICT` keeps one adapter of a model, but `train_weak=True` "
                 "trains two. Set it to FULL_STATE_DICT: adapters are small."
             )
+
+
+def check_goes_on_from_sft(checkpoint: Path, args: "WMSSConfig", accelerator: Accelerator) -> None:
+    """
+    Check that a run can take up a checkpoint of plain SFT.
+
+    Raises:
+        ValueError: If it trains two branches under an engine that loads the states of both or of none.
+    """
+    engine = engine_name(accelerator)
+    if args.train_weak and engine != "replicated":
+        raise ValueError(
+            f"`train_weak=True` cannot go on from {checkpoint}, a checkpoint of plain SFT, under {engine}, which "
+            "loads the states of both branches or of none. Start a new run from its model with `sft_epochs=0` and, as "
+            "`weak_model`, what SFT started from; or do SFT and this run on one process or with DDP."
+        )
 
 
 def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -19,12 +19,22 @@ class EpochPlan:
             Batches per process in each later epoch.
         accumulation (`int`):
             Gradient accumulation steps.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Examples per batch and process.
+        num_processes (`int`, *optional*, defaults to `1`):
+            Number of processes.
     """
 
     sft_epochs: int
     full_batches: int
     active_batches: int
     accumulation: int
+    batch_size: int = 1
+    num_processes: int = 1
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.num_processes
 
     def batches(self, epoch: int) -> int:
         return self.full_batches if epoch < self.sft_epochs else self.active_batches

@@ -3,6 +3,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,26 +23,34 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput, has_length
 from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
+from .checkpoints import without_parameters
 from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated
 from .collation import undisturbed_random_state
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
-from .engines import LateParameters, check_engine, checkpoint_form, engine_name, whole_state_dict
+from .engines import (
+    LateParameters,
+    check_engine,
+    check_goes_on_from_sft,
+    checkpoint_form,
+    engine_name,
+    whole_state_dict,
+)
 from .epochs import EpochPlan, batches_per_process
 from .lm_head import HeadOutput, LMHead, add_head_access, evaluating, unwrap_adapter, whole_lm_head
 from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, next_token_targets
 from .phases import Phases
 from .ranking import AUTO, markdown_ranking, rank_checkpoints
 from .refresh import WeakRefresh
-from .run_state import check_same_run
+from .run_state import check_same_order, check_same_run, check_same_steps
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
 from .weak import WeakReference, make_weak_reference
@@ -527,7 +536,15 @@ class WMSSTrainer(SFTTrainer):
         if self.curriculum_sampler is not None:
             self._active_dataloader = self._make_active_dataloader()
             active_batches = len(self._active_dataloader)
-        self._plan = EpochPlan(args.sft_epochs, full_batches, active_batches, args.gradient_accumulation_steps)
+        num_processes = self.accelerator.num_processes
+        self._plan = EpochPlan(
+            args.sft_epochs,
+            full_batches,
+            active_batches,
+            args.gradient_accumulation_steps,
+            self._train_batch_size // (num_processes if self.accelerator.split_batches else 1),
+            num_processes,
+        )
         if active_batches == full_batches:
             return values
         if args.max_steps > 0:
@@ -570,31 +587,49 @@ class WMSSTrainer(SFTTrainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self._reached("_init_training_state")
+        self._crossover = None
         if self.curriculum_sampler is not None:
             self._activation.compare_with_initial_model()
             self.curriculum_sampler.drawn_epoch = None
-            if resume_from_checkpoint is not None:
-                self._phases.check_reached("set_initial_training_values")  # which makes the plan
-                epoch, steps = self._plan.locate(self.state.global_step)
-                batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
-        self._crossover = None
         if self._refresh is not None and self._refresh.round_epoch is not None and resume_from_checkpoint is None:
             raise ValueError(
                 "The weak model is no longer the one that the trainer began with, since `weak_refresh='epoch'` has "
                 "replaced it. Make a new trainer to train again, or pass `resume_from_checkpoint`."
             )
-        # Without this file it is a checkpoint of plain SFT, from which any run may go on
         if resume_from_checkpoint is not None and self.weak_reference is not None:
-            state = Path(resume_from_checkpoint) / self.STATE_FILE
-            if state.exists():
-                saved = json.loads(state.read_text())
-                check_same_run(state, saved["run"], self._identity())
-                self._crossover = saved["crossover"]
-                if self._refresh is not None:
-                    self._refresh.resume_from = Path(resume_from_checkpoint) / self.WEAK_FOLDER
-                if self.curriculum_sampler is not None:
-                    self.curriculum_sampler.load(resume_from_checkpoint)
+            self._phases.check_reached("set_initial_training_values")  # which makes the plan
+            epoch, steps = self._plan.locate(self.state.global_step)
+            batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+            self._take_up(Path(resume_from_checkpoint), epoch, steps)
         return epoch, batches
+
+    def _take_up(self, checkpoint: Path, epoch: int, steps: int) -> None:
+        """Go on with what a checkpoint holds, after some steps of an epoch."""
+        # For the callbacks: that of the checkpoint may come from a run whose epochs had other lengths
+        self.state.epoch = epoch + steps / self._plan.steps(epoch)
+        path = checkpoint / self.STATE_FILE
+        if not path.exists():  # a checkpoint of plain SFT, from which any run may go on
+            check_goes_on_from_sft(checkpoint, self.args, self.accelerator)
+            return
+        saved = json.loads(path.read_text())
+        check_same_run(path, saved["run"], self._identity())
+        if "epochs" in saved and self._depends_on_epochs():
+            before = EpochPlan(**saved["epochs"])
+            check_same_steps(checkpoint, before, self._plan)
+            if steps and (self.curriculum_sampler is None or epoch < self.args.sft_epochs):
+                check_same_order(checkpoint, self.args.train_sampling_strategy, before, self._plan)
+        self._crossover = saved["crossover"]
+        if self._refresh is not None:
+            self._refresh.resume_from = checkpoint / self.WEAK_FOLDER
+        if self.curriculum_sampler is not None:
+            self.curriculum_sampler.load(checkpoint)
+
+    def _depends_on_epochs(self) -> bool:
+        """Whether anything happens at the end of an epoch that SFTTrainer does not know."""
+        if self.curriculum_sampler is not None:
+            return True
+        # Without a length there is one epoch to transformers, or as many as it takes
+        return has_length(self.train_dataset) and (self.args.sft_epochs > 0 or self._refresh is not None)
 
     def _identity(self) -> dict[str, Any]:
         """What a run depends on and a resumed one must not change, in JSON types."""
@@ -665,7 +700,7 @@ class WMSSTrainer(SFTTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.weak_reference is not None and self.args.should_save and not self.args.save_only_model:
             folder.mkdir(parents=True, exist_ok=True)
-            state = {"run": self._identity(), "crossover": self._crossover}
+            state = {"run": self._identity(), "epochs": asdict(self._plan), "crossover": self._crossover}
             (folder / self.STATE_FILE).write_text(json.dumps(state, indent=1))
             if self.curriculum_sampler is not None:
                 self.curriculum_sampler.save(folder)
@@ -688,7 +723,19 @@ class WMSSTrainer(SFTTrainer):
             return
         with weak.detached():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        weak.load(Path(resume_from_checkpoint) / self.WEAK_FOLDER)
+        folder = Path(resume_from_checkpoint) / self.WEAK_FOLDER
+        if folder.exists():  # not in a checkpoint of plain SFT, where the weak model is still as handed in
+            weak.load(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Private to transformers, checked with 5.23."""
+        weak = self.weak_reference
+        of_plain_sft = checkpoint is not None and not (Path(checkpoint) / self.WEAK_FOLDER).exists()
+        if weak is None or not weak.trained or engine_name(self.accelerator) != "replicated" or not of_plain_sft:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with without_parameters(self.optimizer, weak.trained_parameters()):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _prepare_dataset(
         self,

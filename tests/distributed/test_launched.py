@@ -230,6 +230,17 @@ def test_a_run_of_two_processes_goes_on_on_one(folder, whole_runs, engine, resum
         np.testing.assert_allclose(ours["weights"], whole["weights"], atol=1e-5)
 
 
+def test_a_run_of_one_process_goes_on_on_two(folder, single_runs):
+    (whole,) = single_runs["frozen"]
+    common = {"per_device_train_batch_size": 2, "save_strategy": "no", "output_dir": str(folder / "more")}
+    checkpoints = [str(folder / "one" / "frozen" / f"checkpoint-{step}") for step in (3, 12)]
+    for ranks in launch(folder, "ddp", [common | {"resume": checkpoint} for checkpoint in checkpoints]):
+        for ours in ranks:
+            np.testing.assert_array_equal(ours["indices"], whole["indices"])
+            np.testing.assert_allclose(ours["loss"], whole["loss"], rtol=1e-5)
+            np.testing.assert_allclose(ours["weights"], whole["weights"], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("engine", "form"), [("ddp", "replicated"), ("fsdp2", "fsdp2"), ("zero3", "zero3, 2 processes")]
 )
