@@ -76,12 +76,12 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def make_model(
-    architecture: str, tokenizer: PreTrainedTokenizerBase, seed: int, width: int = 32, dropout: float = 0.0
+    architecture: str, tokenizer: PreTrainedTokenizerBase, seed: int, width: int = 64, dropout: float = 0.0
 ) -> PreTrainedModel:
     common = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
-        "intermediate_size": 2 * width,
+        "intermediate_size": width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "attention_dropout": dropout,
@@ -109,7 +109,10 @@ def make_model(
         "granite-moe": (
             GraniteMoeForCausalLM,
             GraniteMoeConfig,
-            grouped | experts | {"num_local_experts": 4, "logits_scaling": 2.0, "attention_multiplier": 0.3},
+            # Without a router loss: for that TRL 1.16 reads `config.num_experts`, which this architecture has not
+            grouped
+            | experts
+            | {"num_local_experts": 4, "router_aux_loss_coef": 0.0, "logits_scaling": 0.5, "initializer_range": 0.1},
         ),
         "gpt-neox-biases": (
             GPTNeoXForCausalLM,
@@ -188,7 +191,7 @@ class World:
         """Write the files that the row needs."""
         world, tokenizer = cls(row, folder), make_tokenizer()
         weak_dropout = 0.0 if row["train_weak"] == "yes" else 0.3  # one that is trained must be reproducible
-        models = {"base": (0, 32, 0.0), "weak": (1, 32, weak_dropout), "smaller": (2, 16, weak_dropout)}
+        models = {"base": (0, 64, 0.0), "weak": (1, 64, weak_dropout), "smaller": (2, 32, weak_dropout)}
         models["auto/checkpoint-3"] = models["weak"]
         for name, (seed, width, dropout) in models.items():
             model = make_model(row["architecture"], tokenizer, seed, width, dropout)
