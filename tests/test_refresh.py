@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from wmss_trl import WMSSTrainer, score_entropy
@@ -115,6 +116,30 @@ def test_resumed_run_ends_the_same(make_trainer, lora, device, tmp_path):
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert losses(resumed) == losses(whole), step
         assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+class Clones(TorchDispatchMode):
+    """Counts the elements that are copied to where they are, which on a GPU takes its memory."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.clone.default:
+            self.elements += args[0].numel()
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("device", ["cpu", "disk", "same"])
+def test_a_round_is_not_copied_on_the_device_first(make_trainer, device, tmp_path):
+    trainer = make_trainer(weak_refresh_device=device)
+    refresh = trainer._refresh
+    state = dict(trainer.model.named_parameters(remove_duplicate=False)) | dict(trainer.model.named_buffers())
+    with Clones() as clones:
+        refresh.start_round(1)
+        refresh.start_round(2)
+        refresh.save(tmp_path)
+        refresh.load(tmp_path)
+    assert clones.elements == (2 * sum(tensor.numel() for tensor in state.values()) if device == "same" else 0)
 
 
 @pytest.mark.parametrize("lora", [False, True])

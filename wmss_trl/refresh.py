@@ -82,7 +82,8 @@ class WeakRefresh(TrainerCallback):
     def start_round(self, epoch: int) -> None:
         if epoch > self.first_epoch:
             self._set_weak_state(self._read_snapshot())
-        self._keep_snapshot(self._copy_of_parts(self._strong_state()))
+        self.snapshot = None  # makes room for the next one
+        self._keep_snapshot(self._copy_of_parts(self._strong_state(), self.device))
         self.round_epoch = epoch
 
     def _strong_state(self) -> dict[str, Tensor]:
@@ -106,8 +107,11 @@ class WeakRefresh(TrainerCallback):
         return _state(extract_model_from_parallel(reference.model))
 
     @staticmethod
-    def _copy_of_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: local_part(tensor).detach().clone() for name, tensor in state.items()}
+    def _copy_of_parts(state: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+        parts = {name: local_part(tensor).detach() for name, tensor in state.items()}
+        if device == "same":
+            return {name: part.clone() for name, part in parts.items()}
+        return {name: part.to("cpu", copy=True) for name, part in parts.items()}
 
     def _set_weak_state(self, parts: dict[str, Tensor]) -> None:
         for name, tensor in self._weak_state().items():
@@ -118,7 +122,7 @@ class WeakRefresh(TrainerCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(state, self.path)
         else:
-            self.snapshot = {k: v.cpu() for k, v in state.items()} if self.device == "cpu" else state
+            self.snapshot = state
 
     def _read_snapshot(self) -> dict[str, Tensor]:
         return load_file(self.path) if self.device == "disk" else self.snapshot
@@ -133,7 +137,7 @@ class WeakRefresh(TrainerCallback):
         if self.round_epoch is None or not (is_sharded(self.strong()) or PartialState().is_main_process):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        states = {"weak": self._copy_of_parts(self._weak_state()), "strong": self._read_snapshot()}
+        states = {"weak": self._copy_of_parts(self._weak_state(), "cpu"), "strong": self._read_snapshot()}
         tensors = {f"{key}.{name}": tensor for key, state in states.items() for name, tensor in state.items()}
         save_file(tensors, path, metadata={"epoch": str(self.round_epoch)})
 
@@ -150,8 +154,10 @@ class WeakRefresh(TrainerCallback):
             for key in ("weak", "strong")
         )
         self._set_weak_state(weak)
-        devices = {name: local_part(tensor).device for name, tensor in self._strong_state().items()}
-        self._keep_snapshot({name: tensor.to(devices[name]) for name, tensor in strong.items()})
+        if self.device == "same":
+            devices = {name: local_part(tensor).device for name, tensor in self._strong_state().items()}
+            strong = {name: tensor.to(devices[name]) for name, tensor in strong.items()}
+        self._keep_snapshot(strong)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
