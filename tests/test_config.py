@@ -36,7 +36,7 @@ from wmss_trl import WMSSConfig
         ({"rescore_epochs": 1.5}, r"`rescore_epochs` must be a whole number, got 1.5"),
         ({"score_file": "s.parquet"}, r"`score_file='s.parquet'` .* `sft_epochs=1` .* Set `sft_epochs=0`"),
         ({"score_file": "s.parquet", "curriculum": False, "sft_epochs": 0}, r"`score_file=.*`curriculum=False`"),
-        ({"packing": True, "packing_strategy": "wrapped"}, r"`packing_strategy='wrapped'` cannot .* Use 'bfd'"),
+        ({"packing": True, "packing_strategy": "bfd_split"}, r"`packing_strategy='bfd_split'` cannot .* Use 'bfd'"),
         ({"packing": True, "curriculum_replacement": True}, r"`curriculum_replacement=True` cannot .*`packing=True`"),
         ({"train_sampling_strategy": "batch_rebalance"}, r"`train_sampling_strategy='batch_rebalance'` cannot"),
     ],
@@ -114,7 +114,8 @@ def linear_in_progress(progress):
     [
         {"loss_type": "dft"},
         {"loss_type": "dft", "mixing_lambda": 1.0},
-        {"packing": True, "packing_strategy": "wrapped", "curriculum": False},
+        {"packing": True, "packing_strategy": "bfd_split", "curriculum": False},
+        {"packing": True, "packing_strategy": "wrapped", "curriculum_replacement": True},
         {"packing": True},
         {"train_sampling_strategy": "batch_rebalance", "curriculum": False},
         {"train_sampling_strategy": "group_by_length"},

@@ -134,6 +134,44 @@ def test_whole_data_set_keeps_its_number_of_rows(make_packed):
     assert sorted(sampler.indices) == sorted(np.concatenate(tight))
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_wrapped_rows_are_scored_drawn_and_trained_on_as_they_are(make_packed, make_model, prepared):
+    """They cut documents anywhere, so the row is the example, to SFTTrainer's model as well."""
+    options = {"packing_strategy": "wrapped", "lr_scheduler_type": "constant", "optim": "sgd"}
+    sft = make_packed(SFTTrainer, num_train_epochs=1, **options)
+    rows = sft.train_dataset
+    if not prepared:
+        options |= {"train_dataset": rows, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = make_packed(**options)
+    assert trainer.train_dataset["input_ids"] == rows["input_ids"]
+    sft.train()
+    trainer.train()
+    ours, theirs = ([entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, sft))
+    assert ours[: len(theirs)] == theirs
+    strong, weak, sampler = sft.model.eval(), make_model(dropout=0.0).eval(), trainer.curriculum_sampler
+    assert len(sampler) == len(set(sampler)) == round(0.63 * len(rows))
+    losses = []
+    for index, row in enumerate(rows):
+        ids, labels = (torch.tensor(row[key]) for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            z_strong, z_weak = (model(input_ids=ids[None]).logits[0, :-1].double() for model in (strong, weak))
+        for logits, scores in ((z_strong, sampler.strong_entropy), (z_weak, sampler.weak_entropy)):
+            entropy = torch.distributions.Categorical(logits=logits).entropy()[labels[1:] != -100].mean()
+            assert scores[index] == pytest.approx(entropy.item(), rel=1e-5)
+        losses.append(F.cross_entropy(0.5 * (z_strong + z_weak), labels[1:], reduction="none"))
+    first = torch.cat([losses[index][losses[index] != 0] for index in list(sampler)[:2]])
+    assert ours[len(theirs)] == pytest.approx(first.mean().item(), rel=1e-5)
+
+
+def test_wrapped_rows_without_a_target_are_left_out(make_packed):
+    documents = [{"input_ids": [5] * 30, "labels": [-100] * 20 + [5] * 10}] * 3  # rows 1 and 4: prompt only
+    documents += [{"input_ids": [6] * 31, "labels": [6] * 31}]  # row 7: one token
+    trainer = make_packed(train_dataset=Dataset.from_list(documents), packing_strategy="wrapped", max_length=20)
+    assert list(map(len, trainer.train_dataset["labels"])) == [20] * 4
+    trainer.train()
+    assert np.isfinite(trainer.curriculum_sampler.strong_entropy).all()
+
+
 def test_packed_rows_without_their_documents_are_refused(make_packed):
     rows = {"input_ids": [[5, 6, 7, 8]] * 20, "labels": [[5, 6, 7, 8]] * 20, "seq_lengths": [[2, 2]] * 20}
     with pytest.raises(ValueError, match=r"`packing=True` with `skip_prepare_dataset`.*`curriculum=False`"):

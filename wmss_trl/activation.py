@@ -166,7 +166,7 @@ class DataActivation:
                 f"`curriculum=True` needs a tokenized `train_dataset` to score, but its columns are "
                 f"{self.dataset.column_names}. Let the trainer prepare the data set, or set `curriculum=False`."
             )
-        if args.packing and documents is None:
+        if args.packing and args.packing_strategy == "bfd" and documents is None:
             raise ValueError(
                 "`packing=True` with `skip_prepare_dataset` leaves packed rows, but the curriculum scores and draws "
                 "documents. Let the trainer prepare the data set, or set `curriculum=False`."

@@ -375,12 +375,13 @@ class WMSSConfig(SFTConfig):
                 f"`label_smoothing_factor={self.label_smoothing_factor}` cannot be combined with the mixed loss. Set "
                 "it to 0.0."
             )
-        if self.curriculum and self.packing and self.packing_strategy != "bfd":
+        if self.curriculum and self.packing and self.packing_strategy not in ("bfd", "wrapped"):
             raise ValueError(
                 f"`packing_strategy={self.packing_strategy!r}` cannot be combined with `curriculum=True`: it cuts "
-                "documents, which are scored and drawn whole. Use 'bfd', or set `curriculum=False`."
+                "documents, which are scored and drawn whole. Use 'bfd', 'wrapped' (whose rows are scored and drawn), "
+                "or set `curriculum=False`."
             )
-        if self.curriculum and self.packing and self.curriculum_replacement:
+        if self.curriculum and self.packing and self.packing_strategy == "bfd" and self.curriculum_replacement:
             raise ValueError(
                 "`curriculum_replacement=True` cannot be combined with `packing=True`: a document would be packed "
                 "beside its own copy. Set one of them to False."

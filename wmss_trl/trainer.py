@@ -749,6 +749,10 @@ class WMSSTrainer(SFTTrainer):
         """Keeps the documents of a packed training set for the curriculum. Private to TRL, checked with 1.16."""
         if not (packing and args.curriculum and dataset_name == "train" and self._documents is None):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if args.packing_strategy == "wrapped":
+            rows = super()._prepare_dataset(dataset, processing_class, args, True, formatting_func, dataset_name)
+            # Cut anywhere, a row may hold no target: it adds nothing to a loss and has no entropy
+            return rows.filter(lambda labels: any(y != -100 for y in labels[1:]), input_columns="labels")
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
