@@ -30,6 +30,7 @@ from trl.trainer.utils import get_config_model_id
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
 from .checks import check_call, check_lm_heads, check_model, check_replicated
+from .compatibility import warn_of_changes
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
@@ -130,6 +131,7 @@ class WMSSTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
         weak_model: str | PreTrainedModel | None = None,
     ):
+        warn_of_changes()  # in what has been imported since, such as an engine
         args = self._as_wmss_config(args, model)
         check_call(args, model, weak_model, train_dataset, compute_loss_func)
         if args.train_weak and args.sft_epochs:
