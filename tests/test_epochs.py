@@ -1,8 +1,10 @@
 import math
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
-from wmss_trl.epochs import EpochPlan
+from wmss_trl.epochs import EpochPlan, batches_per_process
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, 100])
@@ -24,3 +26,14 @@ def test_a_fraction_of_an_epoch_counts_as_that_share_of_it():
     plan = EpochPlan(sft_epochs=1, full_batches=10, active_batches=6, accumulation=1)
     assert plan.total_steps(2.5) == 10 + 6 + 3
     assert plan.total_steps(0.5) == math.ceil(0.5 * 10)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_per_process_is_the_length_of_accelerates_data_loaders(num_processes, drop_last):
+    for num_examples in range(1, 40):
+        batches = BatchSampler(range(num_examples), 4, drop_last)
+        shards = [BatchSamplerShard(batches, num_processes, rank) for rank in range(num_processes)]
+        expected = {len(list(shard)) for shard in shards}
+        if drop_last or num_examples >= 4 * num_processes:  # else accelerate repeats examples, as many times as needed
+            assert {batches_per_process(num_examples, 4, num_processes, drop_last)} == expected

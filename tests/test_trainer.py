@@ -10,7 +10,7 @@ from conftest import sums
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_losses import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from wmss_trl import WMSSConfig, WMSSTrainer
@@ -935,57 +935,12 @@ def test_loss_functions_are_refused(make_model, make_args, tokenizer, dataset):
         )
 
 
-# What the trainer relies on in TRL and transformers; a failure here means that trainer.py must be read again
+# What the trainer relies on in TRL and transformers (what is private there: test_compatibility.py)
 
 
 def test_signature_is_sft_trainers_plus_weak_model():
     ours, theirs = (list(inspect.signature(cls.__init__).parameters) for cls in (WMSSTrainer, SFTTrainer))
     assert ours == [*theirs, "weak_model"]
-
-
-def test_overridden_private_methods_still_exist_with_their_signatures():
-    expected = {
-        "set_initial_training_values": ["self", "args", "dataloader"],
-        "_init_training_state": [
-            "self",
-            "max_steps",
-            "num_update_steps_per_epoch",
-            "num_train_epochs",
-            "resume_from_checkpoint",
-            "trial",
-        ],
-        "_save_checkpoint": ["self", "model", "trial"],
-        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
-        "_get_dataloader": [
-            "self",
-            "dataset",
-            "description",
-            "batch_size",
-            "sampler_fn",
-            "is_training",
-            "dataloader_key",
-        ],
-        "_get_output_dir": ["self", "trial"],
-    }
-    for name, parameters in expected.items():
-        assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters
-    assert list(inspect.signature(SFTTrainer._prepare_dataset).parameters) == [
-        "self",
-        "dataset",
-        "processing_class",
-        "args",
-        "packing",
-        "formatting_func",
-        "dataset_name",
-    ]
-    source = inspect.getsource(Trainer._inner_training_loop)
-    for keyword in (
-        "epoch=epoch",
-        "train_dataloader=train_dataloader",
-        "steps_in_epoch=",
-        "num_update_steps_per_epoch=",
-    ):  # `_run_epoch` by keyword
-        assert keyword in source
 
 
 def test_log_history_survives_json(make_trainer, tmp_path):

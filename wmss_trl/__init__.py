@@ -1,11 +1,14 @@
 """Weak-Driven Learning (WMSS) for TRL."""
 
 from ._version import __version__
+from .compatibility import warn_of_changes
 from .config import WMSSConfig
 from .curriculum import CurriculumSampler, draw_active_set, sampling_weights
 from .losses import linear_mixed_cross_entropy, mixed_cross_entropy
 from .scoring import score_entropy
 from .trainer import WMSSTrainer
+
+warn_of_changes()
 
 __all__ = [
     "CurriculumSampler",

@@ -33,6 +33,7 @@ from .adapters import keep_trainable_on_cpu
 from .checkpoints import without_parameters
 from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated
 from .collation import undisturbed_random_state
+from .compatibility import warn_of_changes
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
@@ -139,6 +140,7 @@ class WMSSTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
         weak_model: str | PreTrainedModel | None = None,
     ):
+        warn_of_changes()  # in what has been imported since, such as an engine
         args = self._as_wmss_config(args, model)
         check_call(args, model, weak_model, train_dataset, compute_loss_func)
         if args.train_weak and args.sft_epochs:
