@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import sums
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.checkpoints import problems_of
@@ -265,3 +267,75 @@ def test_scores_that_an_earlier_run_left_in_the_folder_are_not_taken_up(make_tra
     resumed = make_trainer("resumed", weak_model=weak)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-5")
     assert_ends_the_same(resumed, whole)
+
+
+# Interrupted runs
+
+
+class Killed(DataCollatorForLanguageModeling):
+    """Raises after some batches, as Ctrl-C does."""
+
+    left = 10**9
+
+    def __call__(self, examples, return_tensors=None):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().__call__(examples, return_tensors)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_killed_in_its_first_scoring_pass_starts_over_with_its_scores(
+    make_trainer, tokenizer, tmp_path, capsys, shared
+):
+    options = {"sft_epochs": 0, "num_train_epochs": 1, "scoring_batch_size": 1, "save_strategy": "epoch"}
+    options["train_dataset"] = Dataset.from_list(sums(80))
+    if shared:
+        options["score_cache_dir"] = str(tmp_path / "scores")
+
+    def start(folder, num_batches=10**9):
+        trainer = make_trainer(folder, **options)
+        collator = trainer._activation.score_cache.data_collator = Killed(tokenizer.pad_token_id)
+        collator.left = num_batches
+        return trainer, collator
+
+    with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory \(.*run\)"):
+        start("run")[0].train(resume_from_checkpoint=True)
+    with pytest.raises(KeyboardInterrupt):
+        start("run", num_batches=70)[0].train()  # scores are kept after 64 batches
+    scores = tmp_path / "scores" if shared else tmp_path / "run" / "_scores"
+    assert f"The scores computed so far are kept in {scores}" in capsys.readouterr().out
+    resumed, collator = start("run")
+    with pytest.warns(UserWarning, match="has no checkpoint, but scores of a run that was stopped"):
+        resumed.train(resume_from_checkpoint=True)
+    assert 10**9 - collator.left == 80 - 64
+    if not shared:
+        whole, _ = start("whole")
+        with pytest.raises(ValueError, match="No valid checkpoint"):
+            whole.train(resume_from_checkpoint=True)
+        whole.train()
+        assert_ends_the_same(resumed, whole)
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_an_interrupted_run_says_how_to_resume(make_trainer, tmp_path, capsys, step):
+    trainer = make_trainer(save_strategy="steps", save_steps=5, sft_epochs=3, curriculum=False)
+    trainer.add_callback(Interrupt(step))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (message,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Interrupted")]
+    if step == 2:
+        assert message == "Interrupted before the first checkpoint: the next run starts from the beginning."
+    else:
+        assert message.endswith(
+            f"`train(resume_from_checkpoint=True)` goes on from {tmp_path / 'run' / 'checkpoint-5'}."
+        )

@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -28,7 +28,7 @@ from transformers.utils import (
 from .run_state import STATE_FILE, read_state
 
 
-def find_checkpoint(resume: str | Path | bool | None, output_dir: str | Path) -> str | None:
+def find_checkpoint(resume: str | Path | bool | None, output_dir: str | Path, has_scores: bool) -> str | None:
     """
     The checkpoint that a run goes on from. The main process looks, and all processes must call it together.
 
@@ -37,6 +37,8 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: str | Path) ->
             A checkpoint, or `True` for the newest in `output_dir` that is whole.
         output_dir (`str` or `Path`):
             Folder of the run.
+        has_scores (`bool`):
+            Whether the run was stopped in a scoring pass, whose scores are kept: it need not have a checkpoint then.
 
     Returns:
         `str`: its folder; `None` to start from the beginning.
@@ -47,7 +49,7 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: str | Path) ->
     found, error = None, None
     if PartialState().is_main_process:
         try:
-            found = _find(resume, Path(output_dir))
+            found = _find(resume, Path(output_dir), has_scores)
         except ValueError as raised:
             error = raised
     found, message = broadcast_object_list([found, error and str(error)])
@@ -56,7 +58,7 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: str | Path) ->
     return found
 
 
-def _find(resume: str | Path | bool | None, output_dir: Path) -> str | None:
+def _find(resume: str | Path | bool | None, output_dir: Path, has_scores: bool) -> str | None:
     if resume is None or resume is False:
         return None
     if resume is not True:
@@ -82,6 +84,13 @@ def _find(resume: str | Path | bool | None, output_dir: Path) -> str | None:
             f"No checkpoint in {output_dir} is whole. {listed}. Remove them, and set `resume_from_checkpoint=None` to "
             "start from the beginning; scores that are already computed are kept."
         )
+    if has_scores:
+        warnings.warn(
+            f"{output_dir} has no checkpoint, but scores of a run that was stopped before its first one: starting "
+            "from the beginning, with these scores.",
+            stacklevel=2,
+        )
+        return None
     raise ValueError(
         f"No valid checkpoint found in output directory ({output_dir}). Check `output_dir`, or set "
         "`resume_from_checkpoint=None` to start from the beginning."
@@ -171,6 +180,29 @@ def _problems_of_weights(checkpoint: Path) -> list[str]:
         except (OSError, SafetensorError):
             problems.append(f"{path.relative_to(checkpoint)} is cut off")
     return problems
+
+
+def how_to_resume(output_dir: str | Path, scores: Path | None) -> str:
+    """
+    What to tell a user who has interrupted a run.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder of the run.
+        scores (`Path`, *optional*):
+            Folder that holds scores of the run.
+    """
+    checkpoint = None
+    with suppress(OSError, ValueError):
+        checkpoint, _ = newest_whole_checkpoint(Path(output_dir))
+    if checkpoint is not None:
+        return f"Interrupted. `train(resume_from_checkpoint=True)` goes on from {checkpoint}."
+    if scores is not None:
+        return (
+            "Interrupted before the first checkpoint: the next run starts from the beginning, also with "
+            f"`train(resume_from_checkpoint=True)`. The scores computed so far are kept in {scores}."
+        )
+    return "Interrupted before the first checkpoint: the next run starts from the beginning."
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
-from .checkpoints import find_checkpoint, without_parameters
+from .checkpoints import find_checkpoint, how_to_resume, without_parameters
 from .checks import check_call, check_lm_heads, check_model, check_replicated
 from .config import WMSSConfig, convert_arguments
 from .curriculum import CurriculumSampler
@@ -287,15 +287,24 @@ class WMSSTrainer(SFTTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint to go on from. `True` takes the newest in `output_dir` that is whole.
+                Checkpoint to go on from. `True` takes the newest in `output_dir` that is whole; a run that was stopped
+                in a scoring pass before its first checkpoint starts from the beginning, with the scores it has.
             trial, ignore_keys_for_eval:
                 See [`~transformers.Trainer.train`].
 
         Raises:
             ValueError: If there is no such checkpoint, it is not whole, or another run has saved it.
         """
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        has_scores = resume_from_checkpoint is True and self._activation is not None and self._activation.has_scores()
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir, has_scores)
+        try:
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+        except KeyboardInterrupt:
+            if self.is_world_process_zero():
+                kept = self._activation is not None and self._activation.has_scores()
+                folder = self._activation.score_cache.folder if kept else None
+                print(f"\n{how_to_resume(self.args.output_dir, folder)}", flush=True)  # below the progress bar
+            raise
 
     def compute_loss(
         self,
