@@ -256,6 +256,13 @@ class DataActivation:
         cache.check_room()
         return cache
 
+    def has_scores(self) -> bool:
+        """Whether a run has left scores on disk; in a folder that runs may share, those of the models this one begins
+        with. Only the main process needs to ask."""
+        if self.args.score_cache_dir is None:
+            return self.score_cache.has_any()
+        return any(map(self.score_cache.holds, {self.initial_model, self.weak_reference.fingerprint} - {None}))
+
     def _read_score_file(self) -> ScoreTable:
         path = self.args.score_file
         table = ScoreTable.read(path)

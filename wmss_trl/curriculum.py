@@ -353,25 +353,24 @@ class CurriculumSampler(Sampler[Any], TrainerCallback):
             metrics |= {f"{prefix}{name}_share": value / total for name, value in sums.items()}
         return {f"curriculum/{name}": float(value) for name, value in metrics.items()}
 
-    def save(self, folder: str | Path) -> None:
-        """Write the scores and the last draw, as far as there are any, to `curriculum.npz` in `folder`."""
+    def save(self, folder: str | Path) -> bool:
+        """Write the scores and the last draw to `curriculum.npz` in `folder`. Returns whether there are any."""
         arrays = {
             name: value
             for name in ("weak_entropy", "strong_entropy", "weights", "indices", "row_sizes")
             if (value := getattr(self, name)) is not None
         }
         if not arrays:
-            return
+            return False
         if self.drawn_epoch is not None:
             arrays["epoch"] = np.array(self.drawn_epoch)
         with replacing(Path(folder) / self.FILE_NAME) as partial:
             np.savez(partial, **arrays)
+        return True
 
     def load(self, folder: str | Path) -> None:
-        """Take up the scores and the draw saved in `folder`; what it does not hold is still to come."""
+        """Take up the scores and the draw saved in `folder`; what its file does not hold is still to come."""
         path = Path(folder) / self.FILE_NAME
-        if not path.exists():
-            return
         with np.load(path, allow_pickle=False) as saved:
             for name in ("weak_entropy", "strong_entropy", "weights", "indices", "row_sizes"):
                 setattr(self, name, saved.get(name))

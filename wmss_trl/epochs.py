@@ -55,6 +55,12 @@ class EpochPlan:
         epoch, within = divmod(step - self.sft_epochs * full, active)
         return self.sft_epochs + epoch, within
 
+    def agrees(self, step: int, epoch: float) -> bool:
+        """Whether a run of as many steps per epoch can have been at `epoch` after `step` steps. A part of an epoch is
+        counted in batches, of which its last step may have fewer."""
+        whole, within = self.locate(step)
+        return math.floor(epoch) == whole and math.floor((epoch - whole) * self.steps(whole) + 1e-6) == within
+
     def num_epochs(self, max_steps: int) -> int:
         """Number of epochs that `max_steps` optimizer steps touch."""
         epoch, within = self.locate(max_steps)

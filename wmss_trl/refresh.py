@@ -130,11 +130,15 @@ class WeakRefresh(TrainerCallback):
     def _path_in(self, folder: Path) -> Path:
         return folder / (self.path.name if is_sharded(self.strong()) else self.FILE_NAME)
 
+    def file_in(self, folder: Path) -> Path | None:
+        """Where this process saves its part of the round, or finds it; `None` before the first round."""
+        return None if self.round_epoch is None else self._path_in(folder)
+
     def save(self, folder: Path) -> None:
         """Write the weak weights and the snapshot of the round, if one has begun, into `folder`: each process its
         part where they are sharded, or else the main process."""
-        path = self._path_in(folder)
-        if self.round_epoch is None or not (is_sharded(self.strong()) or PartialState().is_main_process):
+        path = self.file_in(folder)
+        if path is None or not (is_sharded(self.strong()) or PartialState().is_main_process):
             return
         folder.mkdir(parents=True, exist_ok=True)
         states = {"weak": self._copy_of_parts(self._weak_state(), "cpu"), "strong": self._read_snapshot()}
@@ -142,10 +146,18 @@ class WeakRefresh(TrainerCallback):
         save_file(tensors, path, metadata={"epoch": str(self.round_epoch)})
 
     def load(self, folder: Path) -> None:
-        """Take up the round that was saved in `folder`; without one the first is still to come."""
+        """
+        Take up the round that was saved in `folder`.
+
+        Raises:
+            ValueError: If the part of this process is missing.
+        """
         path = self._path_in(folder)
         if not path.exists():
-            return
+            raise ValueError(
+                f"Cannot resume: {path}, which holds the weak model of the round, is missing. Resume from another "
+                "checkpoint."
+            )
         with safe_open(path, framework="pt") as file:
             self.round_epoch = int(file.metadata()["epoch"])
         tensors = load_file(path)

@@ -1,10 +1,71 @@
 """What a run depends on, and whether a resumed one is the same."""
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from .curriculum import CurriculumSampler
 from .epochs import EpochPlan
+
+STATE_FILE = "wmss_state.json"
+WEAK_FOLDER = "weak_model"
+# 2 (November 2026): batches per epoch and split of a step (`epochs`), files that belong to the checkpoint (`files`)
+FORMAT = 2
+
+
+def read_state(checkpoint: Path) -> dict[str, Any] | None:
+    """
+    The state of a run in a checkpoint; `None` in a checkpoint of plain SFT.
+
+    Raises:
+        ValueError: If it was written by a later version of this package.
+    """
+    path = checkpoint / STATE_FILE
+    if not path.exists():
+        return None
+    state = json.loads(path.read_text())
+    if state.get("format", 1) > FORMAT:
+        raise ValueError(
+            f"{path} has format {state['format']}, and this version of wmss_trl reads formats up to {FORMAT}. Resume "
+            "with the version that saved it, or a later one."
+        )
+    return state
+
+
+def migrated(checkpoint: Path, state: dict[str, Any], run: dict[str, Any], is_phase_1: bool) -> dict[str, Any]:
+    """
+    A state of format 1 in today's format. What cannot be known of its run is taken from the run that resumes.
+
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint.
+        state (`dict[str, Any]`):
+            What [`read_state`] has read.
+        run (`dict[str, Any]`):
+            What the run that resumes depends on.
+        is_phase_1 (`bool`):
+            Whether the checkpoint was saved before the first draw and the first round.
+
+    Raises:
+        ValueError: If a file is missing.
+    """
+    if state.get("format", 1) == FORMAT:
+        return state
+    lacking = [f"`{key}`" for key in run if key not in state["run"]]
+    warnings.warn(
+        f"{checkpoint / STATE_FILE} was written by an earlier version of wmss_trl (format 1). What it does not hold "
+        f"is taken to be as in this run: {', '.join([*lacking, 'the global batch'])}.",
+        stacklevel=2,
+    )
+    files = [CurriculumSampler.FILE_NAME] if run["curriculum"] else []
+    if run["weak_refresh"] == "epoch" or (run["train_weak"] and run["engine"] == "replicated"):
+        files.append(WEAK_FOLDER)
+    missing = [name for name in files if not (checkpoint / name).exists()]
+    if missing and not is_phase_1:
+        raise ValueError(f"Cannot resume from {checkpoint}: {missing[0]} is missing. Resume from another checkpoint.")
+    files = [name for name in files if name not in missing]
+    return {"crossover": None, "epochs": None, "files": files, **state, "run": run | state["run"]}
 
 
 def check_same_run(state: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -76,6 +137,21 @@ def check_same_steps(checkpoint: Path, before: EpochPlan, now: EpochPlan) -> Non
         f"Cannot resume from {checkpoint}, since its steps would be taken for others, and with them its epoch and "
         f"phase: {'; '.join(changed)}. {remedy}"
     )
+
+
+def check_same_place(checkpoint: Path, plan: EpochPlan, step: int, epoch: float) -> None:
+    """
+    The part of [`check_same_steps`] for a checkpoint of format 1, of which only the place is known: step and epoch.
+
+    Raises:
+        ValueError: If the step lies in another epoch of this run.
+    """
+    if not plan.agrees(step, epoch):
+        raise ValueError(
+            f"Cannot resume from {checkpoint}: step {step} was saved at epoch {epoch:.2f}, which is another place in "
+            "this run. Restore `per_device_train_batch_size`, `gradient_accumulation_steps`, the number of processes "
+            "and the data set."
+        )
 
 
 def check_same_order(checkpoint: Path, strategy: str, before: EpochPlan, now: EpochPlan) -> None:

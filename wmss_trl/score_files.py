@@ -117,6 +117,14 @@ class ScoreCache:
         )
         return known | computed
 
+    def holds(self, fingerprint: str) -> bool:
+        """Whether there are scores of a model, all or some."""
+        return self._path(fingerprint).exists()
+
+    def has_any(self) -> bool:
+        """Whether there are scores of any model in the folder."""
+        return any(self.folder.glob("*.npz"))
+
     def _path(self, fingerprint: str) -> Path:
         key = json.dumps(self.identity | {"model": fingerprint}, sort_keys=True)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"

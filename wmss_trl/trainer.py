@@ -23,6 +23,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput, has_length
 from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
@@ -30,7 +31,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
-from .checkpoints import without_parameters
+from .checkpoints import find_checkpoint, how_to_resume, without_parameters
 from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated
 from .collation import undisturbed_random_state
 from .compatibility import warn_of_changes
@@ -51,7 +52,17 @@ from .losses import MixedLossOutput, linear_mixed_cross_entropy, mixed_loss, nex
 from .phases import Phases
 from .ranking import AUTO, markdown_ranking, rank_checkpoints
 from .refresh import WeakRefresh
-from .run_state import check_same_order, check_same_run, check_same_steps
+from .run_state import (
+    FORMAT,
+    STATE_FILE,
+    WEAK_FOLDER,
+    check_same_order,
+    check_same_place,
+    check_same_run,
+    check_same_steps,
+    migrated,
+    read_state,
+)
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
 from .weak import WeakReference, make_weak_reference
@@ -105,8 +116,8 @@ class WMSSTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "wmss"]  # noqa: RUF012
     _name = "WMSS"
-    STATE_FILE = "wmss_state.json"
-    WEAK_FOLDER = "weak_model"
+    STATE_FILE = STATE_FILE
+    WEAK_FOLDER = WEAK_FOLDER
     _paper = {  # noqa: RUF012
         "title": "Weak-Driven Learning: How Weak Agents make Strong Agents Stronger",
         "id": "2602.08222",
@@ -310,12 +321,29 @@ class WMSSTrainer(SFTTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """
-        See [`~transformers.Trainer.train`].
+        Train as [`~trl.SFTTrainer`] does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint to go on from. `True` takes the newest in `output_dir` that is whole; a run that was stopped
+                in a scoring pass before its first checkpoint starts from the beginning, with the scores it has.
+            trial, ignore_keys_for_eval:
+                See [`~transformers.Trainer.train`].
 
         Raises:
+            ValueError: If there is no such checkpoint, it is not whole, or another run has saved it.
             RuntimeError: If the run went beyond phase 1 and yet did no weak-driven step.
         """
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        has_scores = resume_from_checkpoint is True and self._activation is not None and self._activation.has_scores()
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir, has_scores)
+        try:
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        except KeyboardInterrupt:
+            if self.is_world_process_zero():
+                kept = self._activation is not None and self._activation.has_scores()
+                folder = self._activation.score_cache.folder if kept else None
+                print(f"\n{how_to_resume(self.args.output_dir, folder)}", flush=True)  # below the progress bar
+            raise
         if self._phases is not None:
             self._phases.check(self.state)
         return output
@@ -607,23 +635,34 @@ class WMSSTrainer(SFTTrainer):
 
     def _take_up(self, checkpoint: Path, epoch: int, steps: int) -> None:
         """Go on with what a checkpoint holds, after some steps of an epoch."""
+        step, saved_epoch = self.state.global_step, self.state.epoch or 0.0
         # For the callbacks: that of the checkpoint may come from a run whose epochs had other lengths
         self.state.epoch = epoch + steps / self._plan.steps(epoch)
-        path = checkpoint / self.STATE_FILE
-        if not path.exists():  # a checkpoint of plain SFT, from which any run may go on
+        saved = read_state(checkpoint)
+        if saved is None:  # a checkpoint of plain SFT, from which any run may go on
             check_goes_on_from_sft(checkpoint, self.args, self.accelerator)
+            if self._depends_on_epochs() and not self._plan.agrees(step, saved_epoch):
+                warnings.warn(
+                    f"{checkpoint} was saved by plain SFT at epoch {saved_epoch:.2f}. With the batches of this run, "
+                    f"its {step} steps are {self.state.epoch:.2f} epochs, from where training goes on.",
+                    stacklevel=2,
+                )
             return
-        saved = json.loads(path.read_text())
-        check_same_run(path, saved["run"], self._identity())
-        if "epochs" in saved and self._depends_on_epochs():
+        run = self._identity()
+        is_phase_1 = step <= self._plan.total_steps(self.args.sft_epochs)
+        saved = migrated(checkpoint, saved, run, is_phase_1)
+        check_same_run(checkpoint / STATE_FILE, saved["run"], run)
+        if self._depends_on_epochs() and saved["epochs"] is None:
+            check_same_place(checkpoint, self._plan, step, saved_epoch)
+        elif self._depends_on_epochs():
             before = EpochPlan(**saved["epochs"])
             check_same_steps(checkpoint, before, self._plan)
             if steps and (self.curriculum_sampler is None or epoch < self.args.sft_epochs):
                 check_same_order(checkpoint, self.args.train_sampling_strategy, before, self._plan)
         self._crossover = saved["crossover"]
-        if self._refresh is not None:
-            self._refresh.resume_from = checkpoint / self.WEAK_FOLDER
-        if self.curriculum_sampler is not None:
+        if self._refresh is not None and any(name.startswith(WEAK_FOLDER) for name in saved["files"]):
+            self._refresh.resume_from = checkpoint / WEAK_FOLDER
+        if self.curriculum_sampler is not None and self.curriculum_sampler.FILE_NAME in saved["files"]:
             self.curriculum_sampler.load(checkpoint)
 
     def _depends_on_epochs(self) -> bool:
@@ -698,18 +737,29 @@ class WMSSTrainer(SFTTrainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the rest, so that a checkpoint with a trainer state always has its draw
+        # Before the rest, so that a checkpoint with a trainer state, which comes last, is whole
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.weak_reference is not None and self.args.should_save and not self.args.save_only_model:
             folder.mkdir(parents=True, exist_ok=True)
-            state = {"run": self._identity(), "epochs": asdict(self._plan), "crossover": self._crossover}
-            (folder / self.STATE_FILE).write_text(json.dumps(state, indent=1))
-            if self.curriculum_sampler is not None:
-                self.curriculum_sampler.save(folder)
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run
+            files = []
+            if self.curriculum_sampler is not None and self.curriculum_sampler.save(folder):
+                files.append(folder / self.curriculum_sampler.FILE_NAME)
             if self.weak_reference.trained and engine_name(self.accelerator) == "replicated":
-                self.weak_reference.save(folder / self.WEAK_FOLDER)
+                self.weak_reference.save(folder / WEAK_FOLDER)
+                files += [path for path in (folder / WEAK_FOLDER).rglob("*") if path.is_file()]
+            if self._refresh is not None and (path := self._refresh.file_in(folder / WEAK_FOLDER)) is not None:
+                files.append(path)
+            state = {
+                "format": FORMAT,
+                "run": self._identity(),
+                "epochs": asdict(self._plan),
+                "crossover": self._crossover,
+                "files": [path.relative_to(folder).as_posix() for path in files],
+            }
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
         if self._refresh is not None and not self.args.save_only_model:
-            self._refresh.save(folder / self.WEAK_FOLDER)
+            self._refresh.save(folder / WEAK_FOLDER)
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -725,14 +775,14 @@ class WMSSTrainer(SFTTrainer):
             return
         with weak.detached():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint) / self.WEAK_FOLDER
+        folder = Path(resume_from_checkpoint) / WEAK_FOLDER
         if folder.exists():  # not in a checkpoint of plain SFT, where the weak model is still as handed in
             weak.load(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Private to transformers, checked with 5.23."""
         weak = self.weak_reference
-        of_plain_sft = checkpoint is not None and not (Path(checkpoint) / self.WEAK_FOLDER).exists()
+        of_plain_sft = checkpoint is not None and not (Path(checkpoint) / WEAK_FOLDER).exists()
         if weak is None or not weak.trained or engine_name(self.accelerator) != "replicated" or not of_plain_sft:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
