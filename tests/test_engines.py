@@ -122,6 +122,34 @@ def test_whole_models_on_each_process_are_refused_under_an_engine(
         make(weak_model=f"auto:{tmp_path}")
 
 
+@pytest.mark.parametrize("name", ["model", "weak_model"])
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [  # what `from_pretrained` leaves on a model that it has put on two GPUs or split over two processes
+        (
+            "hf_device_map",
+            {"model.embed_tokens": 0, "model.layers": 1, "lm_head": 1},
+            r"`{}` is split over the devices 0, 1 .*accelerate launch.*CUDA_VISIBLE_DEVICES=0",
+        ),
+        ("_is_distributed_loading_by_transformers", True, r"`{}` was split .*`distributed_config`.*fsdp2\.yaml"),
+    ],
+)
+def test_a_model_that_was_split_when_it_was_loaded_is_refused(
+    make_model, make_args, tokenizer, dataset, name, attribute, value, message
+):
+    models = {"model": make_model(), "weak_model": make_model(seed=1)}
+    setattr(models[name], attribute, value)
+    with pytest.raises(ValueError, match=message.format(name)):
+        WMSSTrainer(**models, args=make_args(), train_dataset=dataset, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("device_map", [{"": 0}, {"model.embed_tokens": 0, "model.layers": "cpu", "lm_head": 0}])
+def test_a_weak_model_on_one_device_is_not_refused(make_model, make_args, tokenizer, dataset, device_map):
+    weak_model = make_model(seed=1)
+    weak_model.hf_device_map = device_map
+    WMSSTrainer(make_model(), make_args(), train_dataset=dataset, processing_class=tokenizer, weak_model=weak_model)
+
+
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
 def test_late_parameters_train_as_if_the_optimizer_had_not_known_them_before(optimizer_class):
     """DeepSpeed steps a parameter group as a whole, with zeros for gradients that are missing."""

@@ -182,9 +182,12 @@ TABLE = (
     Reliance("torch.distributed.fsdp.wrap:transformer_auto_wrap_policy", "engines"),
     Reliance(
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:ActivationWrapper",
-        "refresh",
+        "sharding",
         mentions="_checkpoint_wrapped_module",
     ),
+    Reliance("torch._dynamo.eval_frame:OptimizedModule", "sharding", mentions="_orig_mod"),
+    Reliance("accelerate.big_modeling:dispatch_model", "checks", mentions="hf_device_map"),
+    Reliance("transformers.modeling_utils:PreTrainedModel.is_distributed_loading_by_transformers", "checks"),
     Reliance("trl.models.utils:prepare_deepspeed", "engines", "model accelerator"),
     Reliance(f"{_ZERO}.partition_parameters:ZeroParamStatus.AVAILABLE", "sharding"),
     Reliance(

@@ -32,7 +32,7 @@ from trl.trainer.utils import get_config_model_id
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
 from .checkpoints import find_checkpoint, how_to_resume, without_parameters
-from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated
+from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated, check_whole
 from .collation import undisturbed_random_state
 from .compatibility import warn_of_changes
 from .config import WMSSConfig, convert_arguments
@@ -202,6 +202,7 @@ class WMSSTrainer(SFTTrainer):
             return
         check_engine(args, self.accelerator, is_peft_model(self.model))
         check_model(self.model, self._is_vision_dataset)
+        check_whole(self.model, "model", "model_init_kwargs")
         keep_trainable_on_cpu(self.model)
         head_problem = add_head_access(unwrap_adapter(self.model))
         name = args.weak_model_name_or_path if weak_model is None else weak_model

@@ -26,6 +26,7 @@ from .adapters import (
     recomputing_with,
     sibling,
 )
+from .checks import check_whole
 from .engines import add_unit, engine_name, prepare_frozen
 from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter
 from .sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole
@@ -436,6 +437,7 @@ def make_weak_reference(
                 )
             folder = get_config_model_id(weak_model.config)
             weak_tokenizer = load_tokenizer(folder, {}) if folder and Path(folder).is_dir() else None
+        check_whole(weak_model, "weak_model", "weak_model_init_kwargs")
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
     head_problem = add_head_access(unwrap_adapter(weak_model))
     if not args.train_weak:

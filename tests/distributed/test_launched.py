@@ -294,6 +294,14 @@ def test_the_example_runs_under_zero3_and_evaluates_the_model_that_it_saved(fold
     AutoModelForCausalLM.from_pretrained(folder / "example")
 
 
+def test_a_model_that_transformers_splits_is_refused(folder):
+    """Accelerate is not told of it: the engine would be taken for DDP."""
+    options = {"model_init_kwargs": {"distributed_config": {"fsdp_size": 2}}, "save_strategy": "no"}
+    options |= {name: str(folder / "model") for name in ("model", "weak_model")} | {"output_dir": str(folder / "out")}
+    with pytest.raises(AssertionError, match=r"`model` was split .*`distributed_config`"):
+        launch(folder, "ddp", [options])
+
+
 def test_a_weak_branch_that_is_not_synchronised_is_caught(folder, single_runs):
     """The checks above would notice a weak model that the engine does not know."""
     options = {"per_device_train_batch_size": 2, "output_dir": str(folder / "control"), "unsynchronised": True}
