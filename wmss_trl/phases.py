@@ -64,7 +64,7 @@ class Phases(TrainerCallback):
                 f"`max_steps={self.args.max_steps}` ends the run within its {_steps(self.sft_steps, 'SFT')} "
                 f"(`sft_epochs={self.args.sft_epochs}`), before any weak-driven one: it is plain SFT. Raise "
                 f"`max_steps` above {self.sft_steps} or lower `sft_epochs`.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return False
 
