@@ -47,7 +47,7 @@ def replaced(owner: Any, name: str, make: Callable[[Callable], Callable]) -> Abs
 
 @mutation
 def a_resume_does_not_ask_for_the_global_batch():
-    with patch.object(wmss_trl.trainer, "check_same_run", lambda *args: None):
+    with patch.object(wmss_trl.trainer, "check_same_steps", lambda *args: None):
         yield
 
 
