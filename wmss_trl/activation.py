@@ -146,14 +146,16 @@ class DataActivation:
                 "`plot_curriculum=True` needs matplotlib. Install `wmss_trl[plots]`, or set `plot_curriculum=False`.",
                 stacklevel=3,
             )
-        collator, columns = self._scoring_collator(data_collator, columns)
-        scored = self.dataset.select_columns(columns)
+        collator = self._scoring_collator(data_collator)
+        plain = type(collator) is DataCollatorForLanguageModeling
+        columns = ["input_ids", "labels"] if plain else columns
+        scored = self.dataset.select_columns([c for c in self.dataset.column_names if columns is None or c in columns])
         identity = {
             "train_dataset": self.fingerprint,
             "precision": accelerator.mixed_precision,
             "attention": self.strong().config._attn_implementation,
         }
-        if type(collator) is not DataCollatorForLanguageModeling:  # the user's, which may change tokens and labels
+        if not plain:
             identity["collator"] = self._inspect_collator(collator, scored, lengths)
         self.hidden_cache = self._make_hidden_cache(identity) if args.weak_cache is not None else None
         self.score_cache = self._make_score_cache(identity, scored, collator, lengths)
@@ -181,14 +183,13 @@ class DataActivation:
             )
         return token_counts
 
-    def _scoring_collator(self, collator: DataCollator, columns: list[str] | None) -> tuple[DataCollator, list[str]]:
-        """What collates the examples that are scored, and the columns that it gets: a user's collator is used as it
-        is, since its labels may be others (TRL's checked with TRL 1.16)."""
-        if type(collator) is DataCollatorForLanguageModeling:
-            # Without padding only where the attention kernels then skip the other examples
-            collator = replace(collator, padding_free=is_flash_attention_requested(self.strong().config))
-            columns = ["input_ids", "labels"]
-        return collator, [name for name in self.dataset.column_names if columns is None or name in columns]
+    def _scoring_collator(self, collator: DataCollator) -> DataCollator:
+        """What collates the examples that are scored: a user's collator as it is, since it may change the labels, or
+        TRL's with its settings (checked with TRL 1.16)."""
+        if type(collator) is not DataCollatorForLanguageModeling:
+            return collator
+        # Without padding only where the attention kernels then skip the other examples
+        return replace(collator, padding_free=is_flash_attention_requested(self.strong().config))
 
     def _inspect_collator(self, collator: DataCollator, dataset: Dataset, lengths: np.ndarray) -> str:
         """Identity of a user's collator by what it makes of a sample, which must be right for `weak_cache`."""
