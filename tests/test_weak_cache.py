@@ -1,5 +1,7 @@
 """Training on the weak model's cached hidden states."""
 
+import errno
+import os
 import pickle
 import shutil
 from types import SimpleNamespace
@@ -177,7 +179,7 @@ def test_interrupted_writing_goes_on(make_trainer, make_model, monkeypatch):
     write, cache = trainer._activation.hidden_cache.write, trainer._activation.hidden_cache
 
     def killed(indices, hidden):
-        if cache.done().sum() >= 20:
+        if cache.done.sum() >= 20:
             raise KeyboardInterrupt
         write(indices, hidden)
 
@@ -185,29 +187,112 @@ def test_interrupted_writing_goes_on(make_trainer, make_model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     again = make_trainer(weak_model=make_model(seed=3), scoring_batch_size=4)
-    assert again._activation.hidden_cache.done().sum() == 20
+    assert again._activation.hidden_cache.done.sum() == 20
     again.train()
     assert again._activation.hidden_cache.complete
 
 
+def make_cache(folder, token_counts=(2, 1, 3)):
+    return HiddenCache(folder, {}, np.array(token_counts), 3, torch.float32)
+
+
+def rows_of(cache, index):
+    """Something to keep for an example."""
+    return (torch.arange(3.0 * cache.token_counts[index]) + 100 * (index + 1)).view(-1, 3)
+
+
+def write(cache, *indices):
+    cache.write(np.array(indices), [rows_of(cache, index) for index in indices])
+    done = cache.done.copy()
+    done[list(indices)] = True
+    cache.flush(done)
+
+
 def test_a_worker_maps_the_file_itself(tmp_path):
-    cache = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
+    cache = make_cache(tmp_path)
     cache.create(lambda message: None)
-    cache.write(np.array([1, 0]), torch.arange(9.0).view(3, 3).split([1, 2]))
+    write(cache, 1, 0, 2)
     assert cache.complete
     copied = pickle.loads(pickle.dumps(cache))
-    assert copied.read([0, 1]).tolist() == [[3, 4, 5], [6, 7, 8], [0, 1, 2]]
+    assert torch.equal(copied.read([0, 2]), torch.cat([rows_of(cache, 0), rows_of(cache, 2)]))
 
 
-def test_lost_hidden_states_are_not_taken_for_zeros(tmp_path):
-    cache = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
+def test_the_file_has_its_room_on_the_disk_from_the_start(tmp_path):
+    cache = make_cache(tmp_path, [10_000, 50_000])
     cache.create(lambda message: None)
-    cache.write(np.array([0, 1]), torch.ones(3, 3).split([2, 1]))
-    cache.path.unlink()
-    again = HiddenCache(tmp_path, {}, np.array([2, 1]), 3, torch.float32)
-    assert not again.complete
+    assert cache.path.stat().st_size == 60_000 * 12
+    assert cache.path.stat().st_blocks * 512 >= 60_000 * 12
+
+
+def test_a_disk_that_is_full_is_explained_and_leaves_no_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"needs 6 tokens x 3 x 4 bytes = .* the disk is full .*`weak_cache_dir`"):
+        make_cache(tmp_path).create(lambda message: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_zeros_are_written_where_the_system_cannot_allocate(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr("wmss_trl.weak_cache._ZEROS_AT_ONCE", 1000)
+    cache = make_cache(tmp_path, [10_000, 50_000])
+    cache.create(lambda message: None)
+    assert cache.path.stat().st_size == 60_000 * 12
+    assert cache.path.stat().st_blocks * 512 >= 60_000 * 12
+
+
+@pytest.mark.parametrize("damage", ["zeros", "bit"])
+def test_rows_that_did_not_reach_the_disk_are_written_again(tmp_path, damage):
+    """A crash of the machine may leave marks of rows that it has not."""
+    cache = make_cache(tmp_path)
+    cache.create(lambda message: None)
+    write(cache, 0, 1, 2)
+    content = bytearray(cache.path.read_bytes())
+    first = 2 * 12  # of example 1
+    if damage == "zeros":
+        content[first : first + 12] = bytes(12)
+    else:
+        content[first + 5] ^= 1
+    cache.path.write_bytes(content)
+    again = make_cache(tmp_path)
+    again.done = again.find_whole()
+    assert again.done.tolist() == [True, False, True]
+    write(again, 1)
+    assert make_cache(tmp_path).find_whole().all()
+
+
+def test_two_runs_share_a_folder(tmp_path):
+    """The second begins to make the files just when the first has made them and writes."""
+    first, second = make_cache(tmp_path), make_cache(tmp_path)
+
+    def meanwhile(message):
+        first.create(lambda message: None)
+        write(first, 0)
+
+    second.create(meanwhile)
+    second.done = second.find_whole()
+    write(second, 1)
+    write(first, 1, 2)
+    write(second, 2)
+    second.done |= second.find_whole()
+    for cache in (first, second, make_cache(tmp_path)):
+        assert torch.equal(cache.read([0, 1, 2]), torch.cat([rows_of(cache, index) for index in range(3)]))
+    assert first.complete
+    assert second.complete
+
+
+@pytest.mark.parametrize("lost", ["path", "marks_path"])
+def test_lost_hidden_states_are_not_taken_for_zeros(tmp_path, lost):
+    cache = make_cache(tmp_path)
+    cache.create(lambda message: None)
+    write(cache, 0, 1, 2)
+    getattr(cache, lost).unlink()
+    again = make_cache(tmp_path)
+    assert not again.find_whole().any()
     again.create(lambda message: None)
-    assert not again.done().any()
+    assert not again.find_whole().any()
 
 
 def test_too_little_disk_is_refused_with_the_figures(tmp_path):

@@ -20,6 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .collation import DataCollator, collated_sample, collator_name, supervised_tokens
 from .curriculum import CurriculumSampler
+from .engines import on_main_process
 from .packing import PackedDocuments, pack_prefix
 from .ranking import MIN_RELATIVE_GAP, relative_gap
 from .score_files import ScoreCache, ScoreTable
@@ -254,7 +255,9 @@ class DataActivation:
             whole_shape(weight)[1],
             dtypes.get(self.accelerator.mixed_precision, weight.dtype),
         )
-        cache.check_room()
+        cache.done = on_main_process(self.accelerator, cache.find_whole)
+        if not cache.complete:
+            cache.check_room()
         return cache
 
     def has_scores(self) -> bool:

@@ -122,7 +122,8 @@ class WMSSConfig(SFTConfig):
             is scored, and training reads them instead of running it; only its LM head stays in memory. Takes
             supervised tokens x hidden size x 2 bytes in bfloat16.
         weak_cache_dir (`str`, *optional*):
-            Folder for the cache, the same for all processes. Defaults to `_weak_cache` in `output_dir`.
+            Folder for the cache, the same for all processes; runs may share it. Defaults to `_weak_cache` in
+            `output_dir`.
         weak_model_name_or_path (`str`, *optional*):
             Hub id or checkpoint folder of the weak model. Used when the trainer gets no `weak_model`. If neither is
             given, the weak model is the model as it was handed in (the paper's M0).

@@ -1,13 +1,13 @@
 """The engine that distributes a run: what can run on it, and how a frozen model is prepared for it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import DistributedType, broadcast_object_list, fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -15,6 +15,9 @@ from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     from .config import WMSSConfig
+
+
+T = TypeVar("T")
 
 
 def engine_name(accelerator: Accelerator) -> str:
@@ -31,6 +34,21 @@ def checkpoint_form(args: "WMSSConfig", accelerator: Accelerator) -> str:
     engine = engine_name(accelerator)
     splits_files = engine.startswith("zero") or (engine == "fsdp2" and args.weak_refresh == "epoch")
     return f"{engine}, {accelerator.num_processes} processes" if splits_files else engine
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """What a function returns that the main process alone calls. All processes must call this together; an error of
+    the function's is raised on each, so that none waits for the others."""
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except (OSError, ValueError) as raised:
+            error = raised
+    result, error = broadcast_object_list([result, error])
+    if error is not None:
+        raise error
+    return result
 
 
 @contextmanager

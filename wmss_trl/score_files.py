@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 
 from .collation import DataCollator
 from .curriculum import checked_entropy, draw_active_set, sampling_weights
+from .engines import on_main_process
 from .files import replacing
 from .scoring import score_models
 from .weak_cache import HiddenCache
@@ -85,21 +85,24 @@ class ScoreCache:
             `dict[str, np.ndarray]`: float32 entropies in nats, each of shape `(n,)`.
         """
         paths = {name: self._path(fingerprints[name]) for name in models}
-        known = {}
-        if self.accelerator.is_main_process:
-            known = {name: entropy for name, path in paths.items() if (entropy := self._read(path)) is not None}
-        (known,) = broadcast_object_list([known])
-        for name, cache in (hidden_caches or {}).items():
-            if self.accelerator.is_main_process:
+        hidden_caches = hidden_caches or {}
+
+        def prepare() -> dict[str, np.ndarray]:
+            for cache in hidden_caches.values():
                 cache.create(self.accelerator.print)
-            self.accelerator.wait_for_everyone()
+            return {name: entropy for name, path in paths.items() if (entropy := self._read(path)) is not None}
+
+        known = on_main_process(self.accelerator, prepare)
+        for name, cache in hidden_caches.items():
             if name in known:
-                known[name] = np.where(cache.done(), known[name], np.nan)
+                known[name] = np.where(cache.done, known[name], np.nan)
         missing = {name: model for name, model in models.items() if name not in known or np.isnan(known[name]).any()}
         if not missing:
             return known
 
         def save(entropies: dict[str, np.ndarray]) -> None:
+            for name, cache in hidden_caches.items():
+                cache.flush(~np.isnan(entropies[name]))
             if self.accelerator.is_main_process:
                 for name, entropy in entropies.items():
                     self._write(paths[name], entropy, fingerprints[name])
@@ -112,9 +115,11 @@ class ScoreCache:
             description=description or f"Scoring, {' and '.join(missing)} model{'s' if len(missing) > 1 else ''}",
             known={name: known[name] for name in missing if name in known},
             on_progress=save,
-            on_hidden={name: cache.write for name, cache in (hidden_caches or {}).items()},
+            on_hidden={name: cache.write for name, cache in hidden_caches.items()},
             **self.score_options,
         )
+        if hidden_caches:
+            self.accelerator.wait_for_everyone()  # until each process has flushed what it has written
         return known | computed
 
     def holds(self, fingerprint: str) -> bool:

@@ -1,11 +1,15 @@
 """Hidden states of the frozen weak model on disk, so that training reads them instead of running it."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -13,13 +17,18 @@ from torch import Tensor
 
 # Column that tells the collator which examples a batch holds
 INDEX_COLUMN = "example_index"
+# An example's mark on disk, 0 for none
+_MARK = np.dtype("<u8")
+_ZEROS_AT_ONCE = 2**24
 
 
 class HiddenCache:
     """
-    Last hidden states of a model at the supervised positions of a data set, in a memory-mapped file.
+    Last hidden states of a model at the supervised positions of a data set, in a file.
 
-    Every process maps the same file and writes the examples that it has scored, so all need the same folder.
+    Every process writes the examples that it has scored into the same file, so all need the same folder; several runs
+    may share it. A second file holds a checksum for each example that has been written, by which a later run finds out
+    what an interrupted one, or a crash of the machine, has left whole.
 
     Args:
         folder (`str` or `Path`):
@@ -32,6 +41,10 @@ class HiddenCache:
             Width of the hidden states.
         dtype (`torch.dtype`):
             Their dtype on disk.
+
+    Attributes:
+        done (`np.ndarray` of shape `(n,)`):
+            Whether this run knows each example's hidden states to be in the file: the same on every process.
     """
 
     def __init__(
@@ -45,20 +58,27 @@ class HiddenCache:
         self.identity = {**identity, "hidden_size": hidden_size, "dtype": str(dtype)}
         key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(folder) / f"{key}.hidden"
-        self.done_path = Path(folder) / f"{key}.done"
+        self.marks_path = Path(folder) / f"{key}.marks"
         self.token_counts = token_counts
         self.offsets = np.concatenate([[0], token_counts.cumsum()])
         self.hidden_size = hidden_size
         self.dtype = dtype
-        self._hidden: Tensor | None = None
-        self._done: Tensor | None = None
+        self.done = np.zeros(len(token_counts), dtype=bool)
+        self._row_bytes = hidden_size * dtype.itemsize
+        self._written: dict[int, int] = {}  # marks of the examples that may not be on the disk yet
+        self._file: BinaryIO | None = None
+        self._rows: np.ndarray | None = None
 
     @property
     def num_bytes(self) -> int:
-        return int(self.offsets[-1]) * self.hidden_size * self.dtype.itemsize
+        return int(self.offsets[-1]) * self._row_bytes
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.done.all())
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_hidden": None, "_done": None}  # a worker maps the files itself
+        return self.__dict__ | {"_file": None, "_rows": None}  # a worker maps the file itself
 
     @property
     def _need(self) -> str:
@@ -74,42 +94,65 @@ class HiddenCache:
         Raises:
             ValueError: If the disk has less room than they need.
         """
-        if self.done_path.exists() and self.path.exists():
-            return
         existing = next(folder for folder in self.path.absolute().parents if folder.exists())
         free = shutil.disk_usage(existing).free
-        if self.num_bytes > free:
-            raise ValueError(
-                f"`weak_cache='hidden'` needs {self._need} in {self.path.parent}, but only {free / 2**30:.2f} GiB are "
-                "free. Free some space, put `weak_cache_dir` on another disk, or set `weak_cache=None`."
-            )
+        if self.num_bytes - _size(self.path) > free:
+            raise self._too_little(f"only {free / 2**30:.2f} GiB are free")
+
+    def _too_little(self, problem: str) -> ValueError:
+        return ValueError(
+            f"`weak_cache='hidden'` needs {self._need} in {self.path.parent}, but {problem}. Free some space, put "
+            "`weak_cache_dir` on another disk, or set `weak_cache=None`."
+        )
+
+    @contextmanager
+    def _disk_errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise self._too_little(f"the disk is full ({error})") from error
 
     def create(self, log: Callable[[str], None]) -> None:
-        """Make the files, unless they are there. For the main process, before the others go on."""
-        if self.done_path.exists() and self.path.exists():
+        """
+        Make the files, unless they are there, with all of their room on the disk. For the main process, before the
+        others go on.
+
+        Raises:
+            ValueError: If the disk has less room than they need.
+        """
+        sizes = {self.path: self.num_bytes, self.marks_path: _MARK.itemsize * len(self.done)}
+        if all(_size(path) >= size for path, size in sizes.items()):
             return
         self.check_room()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         log(f"The weak model's hidden states take {self._need} in {self.path.parent}.")
-        for path, size in ((self.path, self.num_bytes), (self.done_path, len(self.token_counts))):
-            with path.open("wb") as file:
-                file.truncate(size)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for path, size in sizes.items():
+            is_new = not path.exists()
+            try:
+                # Not truncated: another run may just have made it, and write into it
+                with self._disk_errors_explained(), path.open("ab") as file:
+                    _allocate(file, size)
+            except BaseException:
+                if is_new:
+                    path.unlink(missing_ok=True)
+                raise
 
-    def done(self) -> np.ndarray:
-        """Whether each example's hidden states have been written."""
-        if self._done is None:
-            self._done = torch.from_file(
-                str(self.done_path), shared=True, size=len(self.token_counts), dtype=torch.bool
-            )
-        return self._done.numpy()
-
-    @property
-    def complete(self) -> bool:
-        return self.done_path.exists() and self.path.exists() and bool(self.done().all())
+    def find_whole(self) -> np.ndarray:
+        """Which examples an earlier run has left whole: reads all that it has left. For the main process."""
+        whole = np.zeros_like(self.done)
+        if _size(self.path) < self.num_bytes or _size(self.marks_path) < _MARK.itemsize * len(whole):
+            return whole
+        marks, rows = np.fromfile(self.marks_path, _MARK, count=len(whole)), self._mapped_rows()
+        for index in np.flatnonzero(marks):
+            whole[index] = marks[index] == _mark(rows[self.offsets[index] : self.offsets[index + 1]])
+        self._rows = None
+        return whole
 
     def write(self, indices: np.ndarray, hidden: Sequence[Tensor]) -> None:
         """
-        Keep the hidden states of some examples.
+        Write the hidden states of some examples; [`flush`] brings them to the disk.
 
         Args:
             indices (`np.ndarray`):
@@ -120,21 +163,71 @@ class HiddenCache:
         Raises:
             ValueError: If an example has another number of supervised positions than the data set gives it.
         """
+        if self._file is None:
+            self._file = self.path.open("r+b")
         for index, rows in zip(indices.tolist(), hidden, strict=True):
             check_positions(int(self.token_counts[index]), len(rows), f"example {index}")
-            self._rows()[self.offsets[index] : self.offsets[index + 1]] = rows
-        self.done()[indices] = True
+            # Not through a mapping: on a full disk, or from another machine on a shared one, that ends the process or
+            # writes its neighbours' rows too
+            data = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+            with self._disk_errors_explained():
+                self._file.seek(int(self.offsets[index]) * self._row_bytes)
+                self._file.write(data)
+            self._written[index] = _mark(data)
+
+    def flush(self, done: np.ndarray) -> None:
+        """
+        Bring to the disk what this process has written, and only then mark it.
+
+        Args:
+            done (`np.ndarray` of shape `(n,)`):
+                The examples that all processes together have written.
+        """
+        if self._file is not None:
+            with self._disk_errors_explained():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            with self.marks_path.open("r+b") as file:
+                for index, mark in self._written.items():
+                    file.seek(_MARK.itemsize * index)
+                    file.write(np.array(mark, _MARK).tobytes())
+            self._written.clear()
+        self._rows = None
+        self.done = done.copy()
 
     def read(self, indices: list[int]) -> Tensor:
         """Hidden states of some examples, one after the other, of shape `(tokens, hidden_size)`."""
-        rows = self._rows()
-        return torch.cat([rows[self.offsets[index] : self.offsets[index + 1]] for index in indices])
+        rows = self._mapped_rows()
+        parts = [rows[self.offsets[index] : self.offsets[index + 1]] for index in indices]
+        return torch.from_numpy(np.concatenate(parts)).view(self.dtype)
 
-    def _rows(self) -> Tensor:
-        if self._hidden is None:
-            size = int(self.offsets[-1]) * self.hidden_size
-            self._hidden = torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype)
-        return self._hidden.view(-1, self.hidden_size)
+    def _mapped_rows(self) -> np.ndarray:
+        if self._rows is None:
+            shape = (int(self.offsets[-1]), self._row_bytes)
+            self._rows = np.memmap(self.path, np.uint8, mode="r", shape=shape)
+        return self._rows
+
+
+def _mark(rows: np.ndarray) -> int:
+    """What stands for an example that has been written: its checksum, and a bit that is set."""
+    return 1 << 32 | zlib.crc32(np.ascontiguousarray(rows))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    """Make a file, opened for appending, at least so long, with disk space for all of it; what it holds stays."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:  # a file system that cannot
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    for start in range(file.seek(0, os.SEEK_END), size, _ZEROS_AT_ONCE):
+        file.write(bytes(min(_ZEROS_AT_ONCE, size - start)))
 
 
 def check_positions(num_hidden: int, num_positions: int, where: str = "a training batch") -> None:
