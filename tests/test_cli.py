@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pandas
 import pytest
+import torch
 from conftest import sums
 from datasets import Dataset
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.cli import load_examples, main
+from wmss_trl.score_files import ScoreTable
 
 OPTIONS = ["--bf16", "false", "--use_cpu", "true", "--disable_tqdm", "true", "--max_length", "64"]
 
@@ -30,7 +32,8 @@ def score(folders, *options, output="scores.parquet"):
 
 
 def test_score_writes_what_a_run_uses(folders, make_args, capsys):
-    frame = score(folders, "--weak_model_name_or_path", folders / "base")
+    # The batch size of the run, on which the last digits of the scores depend
+    frame = score(folders, "--weak_model_name_or_path", folders / "base", "--per_device_train_batch_size", "4")
     assert "37 examples, 23 of them drawn" in capsys.readouterr().out
     trainer = WMSSTrainer(
         str(folders / "tuned"),
@@ -58,6 +61,37 @@ def test_select_draws_anew_with_other_options(folders):
     # It still is a score file of that data set
     metadata = Dataset.from_parquet(str(output))
     assert metadata.num_rows == 37
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about a machine without one")
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_commands_run_on_a_machine_without_a_gpu(folders, capsys, precision):
+    data = ["--model", folders / "tuned", "--dataset", folders / "train.jsonl", "--disable_tqdm", "true"]
+    data += [] if precision == "bf16" else ["--bf16", "false"]
+    scores = ["--weak_model_name_or_path", folders / "base", "--output", folders / "scores.parquet"]
+    main(["score", *map(str, [*data, *scores])])
+    assert f"no GPU: on the CPU in {precision}" in capsys.readouterr().out
+    main(["rank-weak", *map(str, [*data, "--candidates", folders / "base", "--sample", "10"])])
+    assert f"no GPU: on the CPU in {precision}" in capsys.readouterr().out
+    expected = score(folders, "--weak_model_name_or_path", folders / "base", "--bf16", str(precision == "bf16"))
+    scores = pandas.read_parquet(folders / "scores.parquet")
+    np.testing.assert_array_equal(scores["strong_entropy"], expected["strong_entropy"])
+
+
+def test_select_needs_no_options_of_a_model_but_checks_its_own(folders):
+    """A recipe for a run on a GPU that this machine has not, or of an engine that is not installed."""
+    scores = ScoreTable(np.ones(20, dtype=int), np.linspace(1, 2, 20), np.ones(20), {})
+    scores.write(folders / "scores.parquet")
+    recipe = folders / "recipe.yaml"
+    recipe.write_text("active_fraction: 0.5\nfp16: true\ntf32: true\ndeepspeed: none.json\nlearning_rate: 1.0e-5\n")
+    arguments = ["--scores", folders / "scores.parquet", "--output", folders / "selected.parquet", "--config", recipe]
+    main(["select", *map(str, arguments)])
+    assert pandas.read_parquet(folders / "selected.parquet")["drawn"].sum() == 10
+    with pytest.raises(ValueError, match=r"`active_fraction` must be in \(0, 1\], got 2.0"):
+        main(["select", *map(str, arguments), "--active_fraction", "2"])
+    recipe.write_text("active_fractoin: 0.5\n")
+    with pytest.raises(ValueError, match="active_fractoin"):
+        main(["select", *map(str, arguments)])
 
 
 def test_score_without_a_weak_model_is_refused(folders):

@@ -18,8 +18,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset, load_from_disk
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -96,6 +98,14 @@ class SelectArguments:
 
     scores: str = field(metadata={"help": "Parquet file of `wmss-trl score`."})
     output: str = field(metadata={"help": "Parquet file to write."})
+
+
+@dataclass
+class DrawConfig(WMSSConfig):
+    """The options of a run, of which those of the draw are used: no device or engine is set up for the others."""
+
+    def __post_init__(self):
+        self._check_weak_driven_options()
 
 
 @dataclass
@@ -187,7 +197,7 @@ def score(arguments: ScoreArguments, config: WMSSConfig) -> ScoreTable:
     return table
 
 
-def select(arguments: SelectArguments, config: WMSSConfig) -> ScoreTable:
+def select(arguments: SelectArguments, config: DrawConfig) -> ScoreTable:
     """Weigh the examples of a score file and draw from them anew; the result is written to `arguments.output`."""
     table = ScoreTable.read(arguments.scores)
     table.draw(
@@ -274,11 +284,18 @@ def markdown_estimate(rows: list[dict[str, Any]], table: str) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in body)
 
 
+def _machine_defaults() -> dict[str, Any]:
+    """What makes the defaults of `WMSSConfig`, bfloat16 on a GPU, run on this machine."""
+    if is_torch_bf16_gpu_available() or is_torch_xla_available():
+        return {}
+    return {"bf16": False} if torch.accelerator.is_available() else {"use_cpu": True}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     commands = {
         "score": ((ScoreArguments, WMSSConfig), score),
-        "select": ((SelectArguments, WMSSConfig), select),
+        "select": ((SelectArguments, DrawConfig), select),
         "rank-weak": ((RankArguments, WMSSConfig), rank_weak),
         "estimate": ((EstimateArguments,), estimate_needs),
     }
@@ -286,7 +303,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__doc__.strip())
         sys.exit(0 if argv in (["-h"], ["--help"]) else 2)
     classes, command = commands[argv[0]]
-    parsed = TrlParser(classes, prog=f"wmss-trl {argv[0]}").parse_args_and_config(argv[1:])
+    parser = TrlParser(classes, prog=f"wmss-trl {argv[0]}")
+    defaults = _machine_defaults() if WMSSConfig in classes else {}
+    parser.set_defaults(**defaults)  # which a recipe and the command line override
+    parsed = parser.parse_args_and_config(argv[1:])
+    if defaults:
+        config = parsed[1]
+        lacking = "no GPU: on the CPU" if "use_cpu" in defaults else "no GPU with bfloat16:"
+        precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
+        PartialState().print(f"This machine has {lacking} in {precision}.")
     result, arguments = command(*parsed), parsed[0]
     if argv[0] == "estimate":
         print("\n\n".join(markdown_estimate(result, table) for table in arguments.tables))
