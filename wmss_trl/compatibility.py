@@ -92,12 +92,13 @@ TABLE = (
     Reliance(f"{_TRAINER}._set_signature_columns_if_needed", "trainer", "self", mentions="_signature_columns"),
     Reliance(f"{_SFT}._set_signature_columns_if_needed", "trainer", "self", mentions="_signature_columns"),
     Reliance(f"{_TRAINER}._prepare_inputs", "trainer", "self inputs"),
+    Reliance(f"{_TRAINER}._remove_unused_columns", "trainer", "self dataset description"),
     Reliance(
         f"{_SFT}._prepare_dataset",
         "trainer",
         "self dataset processing_class args packing formatting_func dataset_name",
     ),
-    Reliance("trl.trainer.sft_trainer:DataCollatorForLanguageModeling", "activation, cli"),
+    Reliance("trl.trainer.sft_trainer:DataCollatorForLanguageModeling", "activation, cli, ranking"),
     Reliance(
         "transformers.trainer_pt_utils:get_length_grouped_indices",
         "curriculum",
@@ -137,9 +138,10 @@ TABLE = (
     # Models
     Reliance(
         "transformers.configuration_utils:PreTrainedConfig",
-        "activation, ranking, weak",
+        "activation, weak_loading",
         mentions="_attn_implementation",
     ),
+    Reliance("transformers.models.auto.auto_factory:_BaseAutoModelClass._model_mapping", "weak_loading"),
     Reliance("transformers.modeling_utils:PreTrainedModel._no_split_modules", "engines"),
     Reliance(
         "transformers.modeling_utils:PreTrainedModel._set_gradient_checkpointing",
