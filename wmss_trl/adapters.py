@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,32 @@ if TYPE_CHECKING:
 
 # Name of the weak adapter beside the strong one
 WEAK_ADAPTER = "wmss_weak"
+
+
+def effect_on_base(config: "PeftConfig") -> Literal["none", "moved", "replaced", "trained"]:
+    """
+    What PEFT 0.21 does to the weights of a model when it puts an adapter of this configuration on it.
+
+    Returns:
+        `str`: `"none"` if they stay as they are; `"moved"` if a part of them starts in the adapter, which together
+        with the rest is the model as it was; `"replaced"` if that cannot be had back; `"trained"` if they are trained
+        with the adapter.
+    """
+    init = str(getattr(config, "init_lora_weights", True)).lower()
+    moved = init.startswith(("pissa", "corda", "olora", "lora_ga"))
+    kept = init in ("true", "false", "gaussian", "orthogonal", "eva", "mica")
+    if getattr(config, "layer_replication", None) or getattr(config, "kasa_config", None) or not (moved or kept):
+        return "replaced"
+    if getattr(config, "bias", "none") != "none":
+        return "trained"
+    return "moved" if moved else "none"
+
+
+def trains_base(model: "PeftModel") -> bool:
+    """Whether the base of an adapter is, or may be, trained with it."""
+    own = {id(parameter) for parameter in adapter_parameters(model, model.active_adapter).values()}
+    others = (parameter for parameter in model.parameters() if id(parameter) not in own)
+    return effect_on_base(model.active_peft_config) == "trained" or any(p.requires_grad for p in others)
 
 
 @contextmanager
@@ -117,7 +143,8 @@ def copy_adapter(model: "PeftModel") -> str:
     active = model.active_adapter
     config = copy.deepcopy(model.peft_config[active])
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # PiSSA and the like would change the base a second time
+        # PiSSA and the like would change the base a second time
+        config.init_lora_weights, config.layer_replication = True, None
     with keeping_requires_grad(model), torch.random.fork_rng(devices=[]):
         model.add_adapter(WEAK_ADAPTER, config)
         model.set_adapter(active)

@@ -65,7 +65,7 @@ from .run_state import (
 )
 from .schedules import LambdaSchedule, make_lambda_schedule, schedule_name
 from .score_files import ScoreTable
-from .weak import WeakReference, make_weak_reference
+from .weak import WeakReference, keep_initial_model, make_weak_reference
 from .weak_cache import INDEX_COLUMN, CachedHiddenCollator, check_positions
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ class WMSSTrainer(SFTTrainer):
             same base, `"auto:FOLDER"` (the best checkpoint in a folder, see [`~wmss_trl.ranking.rank_weak_models`]),
             or a model with the vocabulary of `model`. If `None`, `args.weak_model_name_or_path` or else `model` as it
             is handed in: a frozen copy of it (of the adapter alone, if it is a PEFT model) or, when `peft_config` puts
-            a new adapter on it, the same weights with the adapter switched off.
+            a new adapter on it, the same weights with the adapter switched off (copied only if the adapter changes
+            them).
         kwargs:
             All other arguments of [`~trl.SFTTrainer`], in its order.
 
@@ -156,11 +157,15 @@ class WMSSTrainer(SFTTrainer):
         check_call(args, model, weak_model, train_dataset, compute_loss_func)
         if args.train_weak and args.sft_epochs:
             args.ddp_find_unused_parameters = True
+        peft_config = copy.deepcopy(peft_config)  # TRL and PEFT write into it
         self._documents: Dataset | None = None
         # Until it is known that a weak-driven step is due, see `_plan_phases`
         self._tag_names = [tag for tag in self._tag_names if tag != "wmss"]
         self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
         self._phases: Phases | None = None
+        initial_model = None
+        if args.uses_weak_model and weak_model is None and args.weak_model_name_or_path is None:
+            initial_model = keep_initial_model(model, args, peft_config, quantization_config)
         super().__init__(
             model=model,
             args=args,
@@ -215,7 +220,13 @@ class WMSSTrainer(SFTTrainer):
             return self.model
 
         self.weak_reference = make_weak_reference(
-            weak_model, strong, self.args, self.processing_class, self.accelerator, peft_config
+            weak_model,
+            strong,
+            self.args,
+            self.processing_class,
+            self.accelerator,
+            peft_config,
+            initial_model,
         )
         if args.weak_refresh == "epoch":  # added before the curriculum's callback, which scores the new weak model
             folder = Path(args.output_dir) / "_weak_refresh"
@@ -235,7 +246,9 @@ class WMSSTrainer(SFTTrainer):
                 self._used_columns(),
                 self.accelerator,
                 num_given=len(train_dataset),
-                weak_is_initial=weak_model is None and args.weak_model_name_or_path is None,
+                weak_is_initial=weak_model is None
+                and args.weak_model_name_or_path is None
+                and self.weak_reference.starts_as_strong,
                 steps_done=lambda: self.state.global_step,
                 on_redraw=self._report_redraw,
             )

@@ -14,22 +14,24 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel, is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .adapters import (
     active_adapter,
     adapter_parameters,
     copy_adapter,
+    effect_on_base,
     keeping_requires_grad,
     load_adapter,
     load_adapter_config,
     recomputing_with,
     sibling,
+    trains_base,
 )
 from .checks import check_whole
 from .engines import add_unit, engine_name, prepare_frozen
 from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter
-from .sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole
+from .sharding import gathered, in_zero3, is_sharded, parameters_at_rest, runnable, whole
 from .weak_loading import check_same_vocabulary, load_tokenizer, load_weak_model, naming_weak_model, split_revision
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class WeakReference:
     trained = False
     owned = False
     on_strong_base = False
+    # Whether the strong model as it is handed in, where this stands for it, still has its outputs when training starts
+    starts_as_strong = True
 
     def __init__(
         self, model: PreTrainedModel, accelerator: Accelerator, head_problem: str | None = None, owned: bool = False
@@ -365,6 +369,7 @@ def make_weak_reference(
     processing_class: PreTrainedTokenizerBase | None,
     accelerator: Accelerator,
     peft_config: "PeftConfig | None" = None,
+    initial_model: PreTrainedModel | None = None,
 ) -> WeakReference:
     """
     The weak reference of a run, prepared for its device and precision.
@@ -383,6 +388,8 @@ def make_weak_reference(
             Accelerator of the run.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Configuration of an adapter that has only now been put on the strong model.
+        initial_model ([`~transformers.PreTrainedModel`], *optional*):
+            Copy of the model as it was handed in, if the adapter has left no other trace of it.
 
     Raises:
         ValueError: If the options contradict each other, or the weak model cannot be mixed with the strong one.
@@ -392,42 +399,35 @@ def make_weak_reference(
     if weak_model is not None and name is not None:
         raise ValueError(f"Both `weak_model` and `weak_model_name_or_path={name!r}` are set. Keep one of them.")
     weak_model = name if weak_model is None else weak_model
-    beside = TrainedAdapter if args.train_weak else NamedAdapter
     owned = not isinstance(weak_model, nn.Module)
     if init_kwargs and not isinstance(weak_model, str):
         raise ValueError(
             f"`weak_model_init_kwargs={init_kwargs}` apply to a weak model that is loaded by name or path. Set "
             "`weak_model_name_or_path`, or remove them."
         )
-    if weak_model is None:
-        if peft_config is not None and keeps_base_weights(peft_config) and not args.changes_weak_model:
-            return DisabledAdapter(current_strong)
-        if not args.mixes_logits:
-            return InitialModel(strong)
-        if is_peft_model(strong):
-            try:
-                return beside(current_strong, copy_adapter(strong))
-            except ValueError as error:  # some adapters can only be there once
-                if args.train_weak:
-                    raise ValueError(
-                        f"`train_weak=True` needs a second adapter beside the model's own, but {error}. Set "
-                        "`train_weak=False`, or use another adapter."
-                    ) from error
-                warnings.warn(
-                    f"The adapter cannot be kept beside itself as the weak model ({error}), so the whole model is "
-                    "copied, which takes the memory of a second base.",
-                    stacklevel=4,
-                )
-        weak_model = frozen_copy(strong)
+    if weak_model is None and initial_model is not None:
+        weak_model = initial_model
+        check_same_vocabulary(strong, weak_model)
+    elif weak_model is None:
+        weak_model = initial_reference(current_strong, args, peft_config)
+        if isinstance(weak_model, WeakReference):
+            return weak_model
     else:
         if isinstance(weak_model, str):
             init_kwargs = {"trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
             weak_model = split_revision(weak_model, init_kwargs)
             with naming_weak_model(weak_model):
                 weak_tokenizer = load_tokenizer(weak_model, init_kwargs)
-                if is_peft_model(strong) and (config := load_adapter_config(weak_model, init_kwargs)) is not None:
+                config = load_adapter_config(weak_model, init_kwargs) if is_peft_model(strong) else None
+                # Only a base that stays as it is can be shared
+                if (
+                    config is not None
+                    and not trains_base(strong)
+                    and {*map(effect_on_base, (config, strong.active_peft_config))} == {"none"}
+                ):
                     check_same_vocabulary(strong, strong, processing_class, weak_tokenizer)
-                    return beside(current_strong, load_adapter(strong, weak_model, config, init_kwargs))
+                    name = load_adapter(strong, weak_model, config, init_kwargs)
+                    return (TrainedAdapter if args.train_weak else NamedAdapter)(current_strong, name)
                 weak_model = load_weak_model(weak_model, strong, **init_kwargs)
         else:
             if {id(p) for p in weak_model.parameters()} & {id(p) for p in strong.parameters()}:
@@ -441,7 +441,9 @@ def make_weak_reference(
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
     head_problem = add_head_access(unwrap_adapter(weak_model))
     if not args.train_weak:
-        return WeakReference(weak_model, accelerator, head_problem, owned)
+        reference = WeakReference(weak_model, accelerator, head_problem, owned)
+        reference.starts_as_strong = initial_model is None
+        return reference
     if is_peft_model(strong):
         raise ValueError(
             "`train_weak=True` trains a second adapter beside the model's own, but `weak_model` is a whole model. "
@@ -461,10 +463,99 @@ def backbone_states(model: nn.Module, inputs: dict[str, Any], positions: Tensor)
     return outputs.last_hidden_state.flatten(0, 1)[positions]
 
 
-def keeps_base_weights(peft_config: "PeftConfig") -> bool:
-    """Whether a new adapter leaves the base weights alone, unlike PiSSA, OLoRA and the like, which move part of them
-    into the adapter."""
-    return getattr(peft_config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva")
+def keep_initial_model(
+    model: "str | PreTrainedModel",
+    args: "WMSSConfig",
+    peft_config: "PeftConfig | None",
+    quantization_config: Any = None,
+) -> PreTrainedModel | None:
+    """A copy of the model as it is handed in, if `peft_config` is going to leave no other trace of it."""
+    if peft_config is None or args.changes_weak_model or effect_on_base(peft_config) in ("none", "moved"):
+        return None
+    warnings.warn(
+        "`peft_config` replaces or trains weights of the base, so the weak model is a copy of the whole model as it "
+        "is handed in, which takes the memory of a second base.",
+        stacklevel=3,
+    )
+    if not isinstance(model, str):
+        return frozen_copy(model)
+    init_kwargs = {"device_map": None, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        init_kwargs["quantization_config"] = quantization_config
+    return create_model_from_path(model, **init_kwargs)
+
+
+def initial_reference(
+    current_strong: Callable[[], "PreTrainedModel | PeftModel"], args: "WMSSConfig", peft_config: "PeftConfig | None"
+) -> WeakReference | PreTrainedModel:
+    """
+    The model as it was handed in (M0), which the strong one still is or has in it: a reference to that part, or a copy of
+    the whole.
+
+    Raises:
+        ValueError: If an adapter that is new, or the only one that the model can have, stands against it.
+    """
+    strong = current_strong()
+    if peft_config is not None and args.changes_weak_model:
+        check_start_of_adapter(strong, args, peft_config)
+    elif peft_config is not None and effect_on_base(peft_config) == "none" and not trains_base(strong):
+        reference = DisabledAdapter(current_strong)
+        reference.starts_as_strong = starts_as_base(strong)
+        return reference
+    if not args.mixes_logits:
+        return InitialModel(strong)
+    if is_peft_model(strong):
+        problem = "weights of its base are trained with it"
+        if not trains_base(strong):
+            try:
+                name = copy_adapter(strong)
+                return (TrainedAdapter if args.train_weak else NamedAdapter)(current_strong, name)
+            except ValueError as error:  # some adapters can only be there once
+                problem = str(error)
+        if args.train_weak:
+            raise ValueError(
+                f"`train_weak=True` needs a second adapter beside the model's own, but {problem}. Set "
+                "`train_weak=False`, or use another adapter."
+            )
+        warnings.warn(
+            f"The adapter cannot be kept beside itself as the weak model ({problem}), so the whole model is copied, "
+            "which takes the memory of a second base.",
+            stacklevel=5,
+        )
+    return frozen_copy(strong)
+
+
+def check_start_of_adapter(strong: "PeftModel", args: "WMSSConfig", peft_config: "PeftConfig") -> None:
+    """
+    Check that a new adapter can be copied as the start of a weak model that changes.
+
+    Raises:
+        ValueError: If the model with its adapter is not the one that was handed in.
+    """
+    effect = effect_on_base(peft_config)
+    if effect == "replaced" or (effect != "moved" and not starts_as_base(strong)):
+        option = "train_weak=True" if args.train_weak else "weak_refresh='epoch'"
+        raise ValueError(
+            f"`{option}` needs a weak model that starts as the model that was handed in, but the adapter of type "
+            f"{peft_config.peft_type.value} in `peft_config` changes its outputs before it is trained. Use an "
+            "initialisation that does not (such as `init_lora_weights=True`), or pass a `weak_model`."
+        )
+
+
+def starts_as_base(model: "PeftModel") -> bool:
+    """Tries whether an adapter leaves the outputs of its base as they are, as most do before they are trained."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": torch.arange(8, device=device).view(1, -1), "use_cache": False}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with evaluating(model), runnable(model):
+        adapted = model(**inputs).logits.float()
+        with active_adapter(model, None):
+            base = model(**inputs).logits.float()
+    tolerance = 1e-5 if model.dtype == torch.float32 else 2e-2
+    result = [bool((adapted - base).abs().max() <= tolerance * base.abs().max())]
+    if torch.distributed.is_initialized():  # FSDP may load the weights on the main process only
+        broadcast_object_list(result)
+    return result[0]
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
