@@ -1,3 +1,4 @@
+import copy
 import math
 import warnings
 from dataclasses import dataclass, field, fields
@@ -31,6 +32,16 @@ def convert_arguments(args: TrainingArguments, cls: type[Arguments], **overrides
     options |= {option: getattr(args, option) for option in hidden}
     names = {f.name for f in fields(cls) if f.init}
     return cls(**{option: value for option, value in options.items() if option in names} | overrides)
+
+
+def own_arguments(args: Arguments) -> Arguments:
+    """A copy of arguments that a trainer may write into. What it holds of the running process (devices, engines) is
+    shared; dicts, lists and the options of Accelerate are copied, since TRL and transformers write into them."""
+    own = copy.copy(args)
+    for name, value in vars(own).items():
+        if isinstance(value, (dict, list)) or name == "accelerator_config":
+            setattr(own, name, copy.copy(value))
+    return own
 
 
 @dataclass

@@ -35,7 +35,7 @@ from .checkpoints import find_checkpoint, how_to_resume, without_parameters
 from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated, check_whole
 from .collation import undisturbed_random_state
 from .compatibility import warn_of_changes
-from .config import WMSSConfig, convert_arguments
+from .config import WMSSConfig, convert_arguments, own_arguments
 from .curriculum import CurriculumSampler
 from .diagnostics import crossover_lambda, log_image, plot_redraw
 from .engines import (
@@ -286,9 +286,7 @@ class WMSSTrainer(SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             return WMSSConfig(f"{name.split('/')[-1]}-WMSS")
-        if isinstance(args, WMSSConfig):
-            return args
-        return convert_arguments(args, WMSSConfig)
+        return own_arguments(args if isinstance(args, WMSSConfig) else convert_arguments(args, WMSSConfig))
 
     def _choose_weak_model(self, name: str) -> str:
         ranking = rank_checkpoints(

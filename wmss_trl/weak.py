@@ -30,7 +30,7 @@ from .adapters import (
 )
 from .checks import check_whole
 from .engines import add_unit, engine_name, prepare_frozen
-from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, unwrap_adapter
+from .lm_head import LMHead, add_head_access, evaluating, lm_head_of, remove_head_access, unwrap_adapter
 from .sharding import gathered, in_zero3, is_sharded, parameters_at_rest, runnable, whole
 from .weak_loading import check_same_vocabulary, load_tokenizer, load_weak_model, naming_weak_model, split_revision
 
@@ -435,6 +435,7 @@ def make_weak_reference(
                     "`weak_model` shares parameters with `model`, so it would change while that is trained. Omit "
                     "`weak_model`, or load it separately."
                 )
+            remove_head_access(unwrap_adapter(weak_model))
             folder = get_config_model_id(weak_model.config)
             weak_tokenizer = load_tokenizer(folder, {}) if folder and Path(folder).is_dir() else None
         check_whole(weak_model, "weak_model", "weak_model_init_kwargs")
@@ -489,8 +490,8 @@ def initial_reference(
     current_strong: Callable[[], "PreTrainedModel | PeftModel"], args: "WMSSConfig", peft_config: "PeftConfig | None"
 ) -> WeakReference | PreTrainedModel:
     """
-    The model as it was handed in (M0), which the strong one still is or has in it: a reference to that part, or a copy of
-    the whole.
+    The model as it was handed in (M0), which the strong one still is or has in it: a reference to that part, or a copy
+    of the whole.
 
     Raises:
         ValueError: If an adapter that is new, or the only one that the model can have, stands against it.
@@ -581,7 +582,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
             with gathered([parameter]):
                 copied.data = parameter.data.to("cpu", copy=True)
     # A patched forward (TRL 1.16's fused LM head, ours) is an instance attribute whose closure runs the original model
-    vars(unwrap_adapter(weak)).pop("forward", None)
+    for patch in ("forward", "_forward_without_head_access"):
+        vars(unwrap_adapter(weak)).pop(patch, None)
     return weak
 
 
