@@ -37,7 +37,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from measure import Measurement, environment, quartiles
+from measure import Measurement, earlier_adapter, environment, quartiles
 from peft import LoraConfig
 from step import PRESETS, FullLogitSFTTrainer, build_qwen3
 from torch import Tensor, nn
@@ -323,14 +323,20 @@ def build_trainer(plan: Plan, variant: Variant, folder: Path) -> Trainer:
     def model(seed: int) -> nn.Module:
         return build_qwen3(plan.preset, seed, plan.tokens).to(DTYPES[plan.dtype])
 
+    def adapter() -> LoraConfig:
+        return LoraConfig(r=LORA_RANK, target_modules="all-linear")
+
+    weak = {"weak_model": model(1)} if variant.own_weak_model else {}
+    if variant.lora and "train_weak" in (variant.options or {}):
+        weak = {"weak_model": earlier_adapter(model(0), adapter())}
     sft_trainer = FullLogitSFTTrainer if variant.full_logits else SFTTrainer
     trainer = (WMSSTrainer if is_wmss else sft_trainer)(
         model(0),
         arguments,
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
         processing_class=build_tokenizer(["a"], vocab_size=300),
-        peft_config=LoraConfig(r=LORA_RANK, target_modules="all-linear") if variant.lora else None,
-        **({"weak_model": model(1)} if variant.own_weak_model else {}),
+        peft_config=adapter() if variant.lora else None,
+        **weak,
     )
     trainer.log = lambda *_, **__: None
     return trainer

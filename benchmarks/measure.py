@@ -2,6 +2,7 @@
 
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ import accelerate
 import torch
 import transformers
 import trl
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 
 @dataclass
@@ -38,6 +41,13 @@ def environment(device: str) -> str:
         hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
     return f"{hardware}; {versions}, accelerate {accelerate.__version__}; {time.strftime('%Y-%m-%d')}"
+
+
+def earlier_adapter(model: nn.Module, config: LoraConfig) -> str:
+    """Folder of an adapter for the base `model`, as the weak model of a joint run that begins with its mixed loss."""
+    folder = tempfile.mkdtemp()
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
 
 
 def interleaved(

@@ -18,7 +18,7 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import Dataset
-from measure import environment, markdown_table
+from measure import earlier_adapter, environment, markdown_table
 from peft import LoraConfig
 from step import PRESETS, FullLogitSFTTrainer, build_qwen3, take_turns
 from transformers import Trainer
@@ -69,6 +69,10 @@ def main() -> None:
             **options,
         )
         peft_config = LoraConfig(r=16, target_modules="all-linear") if args.lora else None
+        weak = {"weak_model": build_qwen3(args.preset, 1, args.tokens)} if weak_model else {}
+        if args.lora and options.get("train_weak"):
+            adapter = LoraConfig(r=16, target_modules="all-linear")
+            weak = {"weak_model": earlier_adapter(build_qwen3(args.preset, 0, args.tokens), adapter)}
         before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
         trainer = cls(
             build_qwen3(args.preset, 0, args.tokens),
@@ -76,7 +80,7 @@ def main() -> None:
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
-            **({"weak_model": build_qwen3(args.preset, 1, args.tokens)} if weak_model else {}),
+            **weak,
         )
         if args.device.startswith("cuda"):
             resident[name] = (torch.cuda.memory_allocated() - before) / 2**20

@@ -33,6 +33,19 @@ def make_trainer(make_model, make_args, tokenizer, dataset):
     return make
 
 
+@pytest.fixture
+def earlier_adapter(make_model, tmp_path):
+    """An adapter that says something, for the same base, and its folder."""
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(dropout=0.0), copy.deepcopy(LORA))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "earlier")
+    return model, str(tmp_path / "earlier")
+
+
 @torch.no_grad()
 def logits(model):
     training = model.training
@@ -102,16 +115,20 @@ def test_full_models_equal_a_plain_loop(make_trainer, make_model, anchor_weight,
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_two_adapters_on_one_base_equal_a_plain_loop(make_trainer, make_model, activation_checkpointing):
+def test_two_adapters_on_one_base_equal_a_plain_loop(
+    make_trainer, make_model, earlier_adapter, activation_checkpointing
+):
     """Under activation checkpointing the weak layers run a second time when the strong adapter is active again."""
     model = get_peft_model(make_model(dropout=0.0), copy.deepcopy(LORA))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    expected_strong, expected_weak = copy.deepcopy(model), copy.deepcopy(model)
+    expected_weak, folder = earlier_adapter
+    expected_strong = copy.deepcopy(model)
     trainer = make_trainer(
         model,
+        weak_model=folder,
         mixing_lambda=0.4,
         curriculum=False,
         train_sampling_strategy="sequential",
@@ -199,8 +216,8 @@ def test_a_run_goes_on_from_a_checkpoint_of_plain_sft(
     make_trainer(**options, peft_config=peft_config, sft_epochs=1, num_train_epochs=2).train(str(checkpoint))
 
 
-def test_saved_model_is_the_strong_one_and_checkpoints_hold_both(make_trainer, tmp_path):
-    trainer = make_trainer(save_strategy="epoch", mixing_lambda=0.3)  # at 0.5 both start and stay the same
+def test_saved_model_is_the_strong_one_and_checkpoints_hold_both(make_trainer, make_model, tmp_path):
+    trainer = make_trainer(weak_model=make_model(seed=2, dropout=0.0), save_strategy="epoch")
     trainer.train()
     trainer.save_model()
     trainer.model.save_pretrained(tmp_path / "direct")
@@ -218,11 +235,13 @@ def test_saved_model_is_the_strong_one_and_checkpoints_hold_both(make_trainer, t
     assert hasattr(trainer.model, "weak_branch")  # it is back after saving
 
 
-def test_saved_adapter_is_the_strong_one_and_checkpoints_hold_both(make_trainer, make_model, tokenizer, tmp_path):
+def test_saved_adapter_is_the_strong_one_and_checkpoints_hold_both(
+    make_trainer, make_model, tokenizer, earlier_adapter, tmp_path
+):
     base = tmp_path / "base"
     make_model(dropout=0.0).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    trainer = make_trainer(str(base), LORA, save_strategy="epoch")
+    trainer = make_trainer(str(base), LORA, earlier_adapter[1], save_strategy="epoch")
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-6"):
@@ -249,8 +268,8 @@ def test_both_branches_are_scored_anew_before_each_draw(make_trainer):
     assert np.abs(strong_2 - strong_1).max() > 1e-4
 
 
-def test_optimizer_and_clipping_cover_both(make_trainer):
-    trainer = make_trainer(max_grad_norm=1e-3, learning_rate=1.0, max_steps=1)
+def test_optimizer_and_clipping_cover_both(make_trainer, make_model):
+    trainer = make_trainer(weak_model=make_model(seed=2), max_grad_norm=1e-3, learning_rate=1.0, max_steps=1)
     strong, weak = (copy.deepcopy(m.state_dict()) for m in (trainer.model, trainer.weak_reference.model))
     trainer.train()
     moved = 0.0
@@ -264,11 +283,12 @@ def test_optimizer_and_clipping_cover_both(make_trainer):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_bf16_autocast_covers_both(make_trainer, lora):
+def test_bf16_autocast_covers_both(make_trainer, make_model, earlier_adapter, lora):
     runs, dtypes = [], set()
     for bf16 in (False, True):
         torch.manual_seed(0)
-        trainer = make_trainer(peft_config=LORA if lora else None, bf16=bf16, mixing_lambda=0.3, active_fraction=1.0)
+        peft_config, weak_model = (LORA, earlier_adapter[1]) if lora else (None, make_model(seed=2, dropout=0.0))
+        trainer = make_trainer(None, peft_config, weak_model, bf16=bf16, mixing_lambda=0.3, active_fraction=1.0)
         if bf16:
             base = trainer.weak_reference.model.get_base_model() if lora else trainer.weak_reference.model
             base.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: dtypes.add(args[2].dtype))
@@ -295,4 +315,7 @@ def test_what_cannot_be_trained_jointly_is_refused(make_trainer, make_model, mak
     with pytest.raises(
         ValueError, match=r"needs a second adapter beside the model's own, but .* Set `train_weak=False`"
     ):
-        make_trainer(bias)
+        make_trainer(bias, sft_epochs=1, num_train_epochs=2)
+    for peft_config in (None, LORA):
+        with pytest.raises(ValueError, match=r"`train_weak=True` with `sft_epochs=0` and no `weak_model`.* one is as"):
+            make_trainer(peft_config=peft_config)

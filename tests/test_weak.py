@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -326,6 +327,19 @@ def test_quantised_weak_model_gives_its_memory_back_when_it_is_cached(make_train
     gc.collect()
     assert backbone() is None
     assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_adapter_that_is_not_trainable_is_said(make_trainer, base, tmp_path):
+    trained_adapter(base, METHODS["lora"], tmp_path / "adapter")
+    for is_trainable in (False, True):
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", is_trainable=is_trainable
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(model)
+        said = [str(entry.message) for entry in caught if "is_trainable=True" in str(entry.message)]
+        assert len(said) == (not is_trainable)
 
 
 # Bad input

@@ -43,6 +43,12 @@ def check_call(
             "`weak_model` and `model` are the same object. Omit `weak_model` to mix with the model as it is handed "
             "in: the trainer keeps its own copy."
         )
+    if args.train_weak and args.sft_epochs == 0 and named is None:
+        raise ValueError(
+            "`train_weak=True` with `sft_epochs=0` and no `weak_model` trains two models that start equal and get the "
+            "same gradients up to a factor, so that one is as weak as the other. Pass an earlier `weak_model`, or set "
+            "`sft_epochs` to at least 1."
+        )
     if args.uses_weak_model and compute_loss_func is not None:
         raise ValueError("`compute_loss_func` cannot be combined with the mixed loss. Remove it.")
     if (file := args.score_file) is not None and "://" not in file and not Path(file).exists():
@@ -96,6 +102,13 @@ def check_model(model: "PreTrainedModel | PeftModel", has_images: bool) -> None:
     """
     if has_images:
         raise ValueError("WMSSTrainer supports text data sets only, but `train_dataset` has images.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        warnings.warn(
+            "No parameter of `model` requires a gradient, so nothing will be trained. Load an adapter with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, or call `requires_grad_(True)` on what is to be "
+            "trained.",
+            stacklevel=3,
+        )
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"`peft_config` of type {model.active_peft_config.peft_type.value} adds virtual tokens, which the weak "
