@@ -126,5 +126,3 @@ def test_something_else_than_a_model_is_named(make_trainer, base, weak_model):
     message = re.escape(f"`weak_model={weak_model!r}` is neither a name nor a model")
     with pytest.raises(ValueError, match=message):
         make_trainer(base, weak_model)
-    with pytest.raises(ValueError, match=message):
-        make_trainer(base, weak_model_name_or_path=weak_model)

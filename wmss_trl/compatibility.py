@@ -161,6 +161,8 @@ TABLE = (
     Reliance(
         "transformers.utils.peft_utils:find_adapter_config_file", "adapters", mentions="revision token cache_dir"
     ),
+    Reliance("transformers.models.auto.modeling_auto:AutoModelForCausalLM._model_mapping", "weak_loading"),
+    Reliance("trl.trainer.utils:create_model_from_path", "weak", "model_id architecture kwargs"),
     Reliance("torch.nn.modules.module:Module.add_module", "weak", mentions="_modules"),
     # Adapters and quantised layers
     Reliance("peft.tuners.tuners_utils:BaseTunerLayer._active_adapter", "adapters"),
@@ -174,7 +176,10 @@ TABLE = (
     Reliance("bitsandbytes.nn.modules:Linear4bit.forward", "adapters", mentions="support_avx512bf16_for_cpu"),
     # Engines
     Reliance(
-        "accelerate.accelerator:Accelerator.prepare_model", "engines", "self model device_placement evaluation_mode"
+        "accelerate.accelerator:Accelerator.prepare_model",
+        "engines, lm_head",
+        "self model device_placement evaluation_mode",
+        mentions="_is_accelerate_prepared",
     ),
     Reliance("accelerate.hooks:add_hook_to_module", "weak", mentions="_old_forward"),
     Reliance("accelerate.utils.fsdp_utils:fsdp2_prepare_model", "engines", "accelerator model"),

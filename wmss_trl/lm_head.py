@@ -157,7 +157,7 @@ def add_head_access(model: nn.Module) -> str | None:
         return HeadOutput(value=value, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
-    model._forward_without_head_access = original_forward
+    model.forward_without_head_access = original_forward
     problem = [_head_problem(model)]
     if torch.distributed.is_initialized():  # FSDP may load the weights on the main process only
         broadcast_object_list(problem)
@@ -169,7 +169,7 @@ def add_head_access(model: nn.Module) -> str | None:
 def remove_head_access(model: nn.Module) -> None:
     """Give a model its own forward back, if [`add_head_access`] has patched it in another run. What that run has put
     around it, such as autocast, goes too, so that the next one prepares it anew."""
-    forward = vars(model).pop("_forward_without_head_access", None)
+    forward = vars(model).pop("forward_without_head_access", None)
     if forward is not None:
         model.forward = forward
         # Private to accelerate, checked with 1.15: a model with this mark is not prepared again

@@ -582,7 +582,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
             with gathered([parameter]):
                 copied.data = parameter.data.to("cpu", copy=True)
     # A patched forward (TRL 1.16's fused LM head, ours) is an instance attribute whose closure runs the original model
-    for patch in ("forward", "_forward_without_head_access"):
+    for patch in ("forward", "forward_without_head_access"):
         vars(unwrap_adapter(weak)).pop(patch, None)
     return weak
 
