@@ -15,6 +15,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import datasets
+import transformers
 from allpairspy import AllPairs
 from factors import (
     DEFAULTS,
@@ -146,6 +148,8 @@ def write_table(refusals: Refusals) -> None:
 def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     refusals = read_refusals() if "--rows" in sys.argv else find_refusals()
     write_refusals(refusals)
     rows = generate_rows(refusals)

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from factors import read_rows
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import wmss_trl.activation
 import wmss_trl.adapters
@@ -54,12 +55,7 @@ def a_resume_does_not_ask_for_the_global_batch():
 @mutation
 def scores_come_from_the_plain_collator():
     def make(original):
-        def scoring_collator(self, collator):
-            from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-            return original(self, DataCollatorForLanguageModeling(0))
-
-        return scoring_collator
+        return lambda self, collator: original(self, DataCollatorForLanguageModeling(0))
 
     with replaced(wmss_trl.activation.DataActivation, "_scoring_collator", make):
         yield
@@ -67,7 +63,10 @@ def scores_come_from_the_plain_collator():
 
 @mutation
 def an_adapter_switched_off_is_m0_whatever_it_trains():
-    with patch.object(wmss_trl.weak, "keeps_base_weights", lambda *args, **kwargs: True):
+    with (
+        patch.object(wmss_trl.weak, "effect_on_base", lambda config: "none"),
+        patch.object(wmss_trl.weak, "trains_base", lambda model: False),
+    ):
         yield
 
 
@@ -216,11 +215,11 @@ def a_trained_weak_model_gets_no_gradient():
 @mutation
 def the_router_loss_is_forgotten_in_weak_driven_steps():
     def make(original):
-        def mixed_loss(self, model, inputs, *args, **kwargs):
-            mixed, outputs = original(self, model, inputs, *args, **kwargs)
-            return mixed, outputs | {"aux_loss": 0 * outputs["aux_loss"]} if "aux_loss" in outputs and outputs[
-                "aux_loss"
-            ] is not None else outputs
+        def mixed_loss(*args, **kwargs):
+            mixed, outputs = original(*args, **kwargs)
+            if outputs["aux_loss"] is not None:
+                outputs["aux_loss"] = 0 * outputs["aux_loss"]
+            return mixed, outputs
 
         return mixed_loss
 
