@@ -114,12 +114,17 @@ def test_full_models_equal_a_plain_loop(make_trainer, make_model, anchor_weight,
                 torch.testing.assert_close(parameter, value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+DORA_ELSEWHERE = LoraConfig(r=2, target_modules=["k_proj", "v_proj", "up_proj"], use_dora=True)
+
+
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("strong_config", [LORA, DORA_ELSEWHERE])
 def test_two_adapters_on_one_base_equal_a_plain_loop(
-    make_trainer, make_model, earlier_adapter, activation_checkpointing
+    make_trainer, make_model, earlier_adapter, strong_config, activation_checkpointing
 ):
-    """Under activation checkpointing the weak layers run a second time when the strong adapter is active again."""
-    model = get_peft_model(make_model(dropout=0.0), copy.deepcopy(LORA))
+    """Under activation checkpointing the weak layers run a second time when the strong adapter is active again. The
+    earlier adapter may be of another kind and in other layers."""
+    model = get_peft_model(make_model(dropout=0.0), copy.deepcopy(strong_config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -190,7 +190,7 @@ def test_weak_model_of_another_architecture_is_refused(make_trainer, tokenizer):
     from wmss_trl.data.tiny import build_model
 
     weak = build_model(tokenizer, hidden_size=16, intermediate_size=32, num_layers=1)
-    with pytest.raises(ValueError, match=r"`weak_refresh='epoch'` .* `weak_model` has another architecture"):
+    with pytest.raises(ValueError, match=r"`weak_refresh='epoch'` .* of `weak_model` have other names or shapes"):
         make_trainer(weak_model=weak)
 
 

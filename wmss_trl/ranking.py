@@ -258,7 +258,8 @@ def rank_checkpoints(
     Rank the checkpoints of `auto:FOLDER` for a run that begins with `strong`, on up to 256 of its examples.
 
     Raises:
-        ValueError: If the weak-driven epochs will not begin with `strong`, or the data set is not tokenized.
+        ValueError: If the weak-driven epochs will not begin with `strong`, its LM head cannot be reached, or the data
+            set is not tokenized.
     """
     if args.sft_epochs:
         raise ValueError(
@@ -269,6 +270,11 @@ def rank_checkpoints(
     columns = getattr(train_dataset, "column_names", None) or []
     if not isinstance(train_dataset, Dataset) or "input_ids" not in columns:
         raise ValueError(f"`weak_model={name!r}` needs a tokenized `train_dataset` that is not streaming.")
+    if not unwrap_adapter(strong).has_head_access:
+        raise ValueError(
+            f"`weak_model={name!r}` compares checkpoints by the logits of their LM heads, but the model's logits are "
+            "not those of its LM head. Pass the folder of a checkpoint."
+        )
     sample = train_dataset.shuffle(seed=args.draw_seed).select(range(min(256, len(train_dataset))))
     return rank_weak_models(
         strong.to(device),

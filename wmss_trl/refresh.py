@@ -64,8 +64,9 @@ class WeakRefresh(TrainerCallback):
         )
         if ours != theirs:
             raise ValueError(
-                "`weak_refresh='epoch'` replaces the weak model by later states of the strong one, but `weak_model` "
-                "has another architecture. Use a checkpoint of the same model, or `weak_refresh='never'`."
+                "`weak_refresh='epoch'` replaces the weak model by later states of the strong one, but the parameters "
+                "of `weak_model` have other names or shapes (another architecture, an adapter, quantised "
+                "weights). Use a checkpoint of the same kind of model, or `weak_refresh='never'`."
             )
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -325,10 +325,12 @@ class TrainedAdapter(NamedAdapter):
 
     def __init__(self, strong: Callable[[], "PeftModel"], name: str):
         super().__init__(strong, name)
-        model = self.model
-        for key, parameter in adapter_parameters(model, model.active_adapter).items():
-            weak_key = sibling(key, model.active_adapter, name)
-            model.get_parameter(weak_key).requires_grad_(parameter.requires_grad)
+        active = self.model.active_adapter
+        strong_parameters = adapter_parameters(self.model, active)
+        for key, parameter in adapter_parameters(self.model, name).items():
+            # An earlier adapter may be of another kind and in other layers
+            same = strong_parameters.get(sibling(key, name, active))
+            parameter.requires_grad_(same is None or same.requires_grad)
 
     def states(
         self, inputs: dict[str, Any], positions: Tensor, hidden: Tensor | None = None

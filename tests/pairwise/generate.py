@@ -2,10 +2,11 @@
 Makes what the pairwise suite is run from: `python tests/pairwise/generate.py`.
 
 1. Tries every pair of values, the rest at its defaults: what the trainer refuses at construction is a refusal.
-2. Generates rows in which every other pair meets at least once, without refused combinations.
+2. Generates rows in which every other pair meets at least once. A row that is refused has three or more options that
+   do not go together: they become a refusal too, and the rows are generated again.
 3. Writes the table of refusals into `docs/compatibility.md`.
 
-With `--rows`, only the last two.
+`--rows` begins with the refusals that are known.
 """
 
 import logging
@@ -55,22 +56,45 @@ def refusal_of(row: Row, folder: Path) -> str | None:
     return None
 
 
-def find_refusals() -> Refusals:
-    """Refused single values and pairs, and triples in which each pair is possible."""
+def find_refusals(folder: Path) -> Refusals:
+    """What is refused of the pairs, the rest at its defaults."""
+    rows: dict[frozenset[tuple[str, str]], Row] = {}
+    for pair in all_pairs():
+        options = frozenset((factor, value) for factor, value in pair if DEFAULTS[factor] != value)
+        if options and not any(factor in _OF_A_RUN for factor, _ in options):
+            rows[options] = DEFAULTS | dict(options)
     refusals: Refusals = {}
-    with tempfile.TemporaryDirectory() as folder:
-        rows: dict[frozenset[tuple[str, str]], Row] = {}
-        for pair in all_pairs():
-            options = frozenset((factor, value) for factor, value in pair if DEFAULTS[factor] != value)
-            if options and not any(factor in _OF_A_RUN for factor, _ in options):
-                rows[options] = DEFAULTS | dict(options)
-        for options in tqdm(sorted(rows, key=len), desc="Constructing trainers", unit=" pairs"):
-            if any(known < options for known in refusals):
-                continue
-            message = refusal_of(rows[options], Path(folder))
+    for options in tqdm(sorted(rows, key=len), desc="Constructing trainers", unit=" pairs"):
+        if not any(known < options for known in refusals):
+            message = refusal_of(rows[options], folder)
             if message is not None:
-                refusals[options] = message
+                refusals |= with_defaults_that_matter(options, message, folder)
     return refusals
+
+
+def with_defaults_that_matter(options: frozenset[tuple[str, str]], message: str, folder: Path) -> Refusals:
+    """A refusal, or those of which it is one where another value of a third factor makes the options possible."""
+    for factor in FACTORS.keys() - dict(options).keys() - _OF_A_RUN:
+        row = DEFAULTS | dict(options)
+        others = {
+            value: refusal_of(row | {factor: value}, folder) for value in FACTORS[factor] if value != row[factor]
+        }
+        if None in others.values():
+            refused = {value: said for value, said in others.items() if said is not None} | {row[factor]: message}
+            return {options | {(factor, value)}: said for value, said in refused.items()}
+    return {options: message}
+
+
+def smallest_refusal(row: Row, folder: Path) -> Refusals:
+    """The options of a row that is refused without which it is not; empty if it is not refused."""
+    if refusal_of(row, folder) is None:
+        return {}
+    for factor in FACTORS:
+        without = row | {factor: DEFAULTS[factor]}
+        if refusal_of(without, folder) is not None:
+            row = without
+    options = frozenset((factor, value) for factor, value in row.items() if value != DEFAULTS[factor])
+    return with_defaults_that_matter(options, refusal_of(row, folder), folder)
 
 
 def refused(row: Row, refusals: Refusals) -> bool:
@@ -140,6 +164,10 @@ def markdown_table(refusals: Refusals) -> str:
     return "\n".join(lines)
 
 
+def without_larger_ones(refusals: Refusals) -> Refusals:
+    return {options: said for options, said in refusals.items() if not any(known < options for known in refusals)}
+
+
 def write_table(refusals: Refusals) -> None:
     text = DOCS.read_text()
     DOCS.write_text(f"{text[: text.index(MARK)]}{MARK}\n\n{markdown_table(refusals)}\n")
@@ -150,9 +178,19 @@ def main() -> None:
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    refusals = read_refusals() if "--rows" in sys.argv else find_refusals()
-    write_refusals(refusals)
-    rows = generate_rows(refusals)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        refusals = read_refusals() if "--rows" in sys.argv else find_refusals(folder)
+        while True:  # until no row has three options that are refused together
+            rows = generate_rows(refusals)
+            found: Refusals = {}
+            for row in tqdm(rows, desc="Constructing trainers", unit=" rows"):
+                if not refused(row, found):
+                    found |= smallest_refusal(row, folder)
+            refusals = without_larger_ones(refusals | found)
+            write_refusals(refusals)
+            if not found:
+                break
     write_rows(rows)
     write_table(refusals)
     refused_pairs = sum(refused(dict(pair), refusals) for pair in all_pairs())
