@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import sums
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -339,3 +339,52 @@ def test_an_interrupted_run_says_how_to_resume(make_trainer, tmp_path, capsys, s
         assert message.endswith(
             f"`train(resume_from_checkpoint=True)` goes on from {tmp_path / 'run' / 'checkpoint-5'}."
         )
+
+
+MOE = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "router_aux_loss_coef": 0.0}
+# What transformers saves under other names than those of the model's parameters
+RENAMED = {
+    "qwen3_moe": MOE | {"num_experts": 4, "moe_intermediate_size": 16},
+    "mixtral": MOE | {"num_local_experts": 4},
+    "granitemoe": MOE | {"num_local_experts": 4},
+    "gpt_neox": {},
+}
+
+
+@pytest.mark.parametrize("model_type", RENAMED)
+@pytest.mark.parametrize("weak_is_trained", [False, True])
+def test_weights_that_are_saved_under_other_names_are_restored(
+    make_args, tokenizer, dataset, tmp_path, model_type, weak_is_trained
+):
+    """Resumed, and of the best checkpoint at the end. transformers 5.23 leaves them as they are."""
+
+    def make(folder, **options):
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **sizes, **RENAMED[model_type])
+        torch.manual_seed(0)
+        return WMSSTrainer(
+            AutoModelForCausalLM.from_config(config),
+            make_args(
+                **{"output_dir": str(tmp_path / folder), "learning_rate": 1e-2, "num_train_epochs": 2} | options
+            ),
+            train_dataset=dataset,
+            eval_dataset=dataset.select(range(4)),
+            processing_class=tokenizer,
+        )
+
+    options = {"save_strategy": "steps", "save_steps": 4, "train_weak": weak_is_trained}
+    whole = make("whole", **options)
+    whole.train()
+    resumed = make("resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-12"))
+    assert_ends_the_same(resumed, whole)
+
+    options |= {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}  # so that the best is not the last
+    best = make("best", **options)
+    best.train()
+    assert best.state.best_global_step < best.state.max_steps
+    expected = AutoModelForCausalLM.from_pretrained(best.state.best_model_checkpoint).state_dict()
+    state = {name: value for name, value in best.model.state_dict().items() if not name.startswith("weak_branch.")}
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())

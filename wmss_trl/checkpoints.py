@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
@@ -203,6 +204,36 @@ def how_to_resume(output_dir: str | Path, scores: Path | None) -> str:
             f"`train(resume_from_checkpoint=True)`. The scores computed so far are kept in {scores}."
         )
     return "Interrupted before the first checkpoint: the next run starts from the beginning."
+
+
+def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> bool:
+    """
+    Load a checkpoint whose weights are not named like the model's parameters: transformers saves mixtures of experts
+    expert by expert, and GPT-NeoX with its old names. Its Trainer (checked with 5.23) does not translate them back. It
+    leaves the parameters of such a model as they are, with a warning of missing keys.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model. One with an adapter, whose base is not saved, is left alone.
+        checkpoint (`str` or `Path`):
+            Folder with the weights of a model that is not sharded.
+
+    Returns:
+        `bool`: whether the weights had other names and have been loaded.
+    """
+    files = list(Path(checkpoint).glob("*.safetensors"))
+    if not isinstance(model, PreTrainedModel) or not files:
+        return False
+    names: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    if names <= model.state_dict().keys():
+        return False
+    with torch.random.fork_rng(devices=[]):
+        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    return True
 
 
 @contextmanager

@@ -79,6 +79,7 @@ TABLE = (
     Reliance(f"{_TRAINER}._save_checkpoint", "trainer", "self model trial"),
     Reliance(f"{_SFT}._save_checkpoint", "trainer", "self model trial"),
     Reliance(f"{_TRAINER}._load_from_checkpoint", "trainer", "self resume_from_checkpoint model"),
+    Reliance(f"{_TRAINER}._load_best_model", "trainer", "self"),
     Reliance(f"{_TRAINER}._load_optimizer_and_scheduler", "trainer", "self checkpoint"),
     Reliance(f"{_TRAINER}._get_output_dir", "trainer", "self trial"),
     # Data

@@ -31,7 +31,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .activation import DataActivation
 from .adapters import keep_trainable_on_cpu
-from .checkpoints import find_checkpoint, how_to_resume, without_parameters
+from .checkpoints import find_checkpoint, how_to_resume, load_renamed_weights, without_parameters
 from .checks import check_call, check_examples, check_lm_heads, check_model, check_replicated, check_whole
 from .collation import undisturbed_random_state
 from .compatibility import warn_of_changes
@@ -782,14 +782,25 @@ class WMSSTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weak = self.weak_reference
-        if weak is None or not weak.trained or self.is_fsdp_enabled:  # whose checkpoint has both models
+        if self.is_fsdp_enabled:  # whose checkpoint has both models
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with weak.detached():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self._without_weak_branch():
+            if not load_renamed_weights(self.model, resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint) / WEAK_FOLDER
-        if folder.exists():  # not in a checkpoint of plain SFT, where the weak model is still as handed in
+        if weak is not None and weak.trained and folder.exists():  # not in a checkpoint of plain SFT
             weak.load(folder)
+
+    def _load_best_model(self) -> None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with contextlib.nullcontext() if sharded else self._without_weak_branch():
+            if sharded or not load_renamed_weights(self.model, self.state.best_model_checkpoint):
+                super()._load_best_model()
+
+    def _without_weak_branch(self) -> contextlib.AbstractContextManager[None]:
+        weak = self.weak_reference
+        return weak.detached() if weak is not None and weak.trained else contextlib.nullcontext()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Private to transformers, checked with 5.23."""

@@ -164,14 +164,21 @@ class ReferenceRun:
                 mixed = lam * strong + (1 - lam) * weak
                 anchored = settings.anchor * self._term(strong[mask], targets[mask])
                 loss = loss + (anchored + (1 - settings.anchor) * self._term(mixed[mask], targets[mask])) / num_items
-            if router_logits[0]:
-                config = self.strong.config
-                layers = [torch.cat([routers[layer] for routers in router_logits]) for layer in range(2)]
-                aux_loss = load_balancing_loss(torch.cat(layers).float(), config.num_experts_per_tok)
-                loss = loss + config.router_aux_loss_coef * aux_loss / len(step.micro_batches)
+            loss = loss + self._router_loss(router_logits) / len(step.micro_batches)
             loss.backward()
             total += loss.item()
         return total
+
+    def _router_loss(self, router_logits: list[tuple[Tensor, ...] | None]) -> Tensor:
+        """Switch Transformer, equations 4-6, over the tokens of a batch and all layers together."""
+        if not router_logits[0]:
+            return torch.zeros(())
+        logits = torch.cat([torch.cat(routers).float() for routers in router_logits])
+        probabilities = logits.softmax(-1)
+        chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(2).indices, 1.0)
+        return (
+            self.strong.config.router_aux_loss_coef * logits.size(-1) * (chosen.mean(0) * probabilities.mean(0)).sum()
+        )
 
     @torch.no_grad()
     def entropies(self, model: nn.Module) -> np.ndarray:
@@ -199,20 +206,15 @@ class ReferenceRun:
     @torch.no_grad()
     def _evaluate(self) -> float:
         self.strong.eval()
-        loss, num_items = 0.0, 0
+        loss, num_items, router_logits = 0.0, 0, []
         for ids, labels in self.eval_examples:
             targets, mask = self._targets(labels)
-            loss += self._term(self._logits(self.strong, ids)[0][mask], targets[mask]).item()
+            logits, routers = self._logits(self.strong, ids)
+            router_logits.append(routers)
+            loss += self._term(logits[mask], targets[mask]).item()
             num_items += int(mask.sum())
         self.strong.train()
-        return loss / num_items
-
-
-def load_balancing_loss(router_logits: Tensor, top_k: int) -> Tensor:
-    """Switch Transformer, equations 4-6, over the tokens of all layers `(tokens, experts)`."""
-    probabilities = router_logits.softmax(-1)
-    chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(top_k).indices, 1.0)
-    return router_logits.size(-1) * (chosen.mean(0) * probabilities.mean(0)).sum()
+        return loss / num_items + self._router_loss(router_logits).item()
 
 
 def sampling_weights(weak: np.ndarray, strong: np.ndarray, settings: Settings) -> np.ndarray:

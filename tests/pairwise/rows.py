@@ -120,7 +120,7 @@ def logits_of(model: torch.nn.Module, precision: str) -> torch.Tensor:
 def weak_logits_of(trainer: Recorder, precision: str) -> torch.Tensor | None:
     """Logits of the weak model, where there is one that can be run."""
     reference = trainer.weak_reference
-    if not hasattr(reference, "model") or any(p.is_meta for p in reference.model.parameters()):
+    if not hasattr(reference, "model"):
         return None
     with reference.activated() as weak:
         return logits_of(weak, precision)
@@ -157,7 +157,8 @@ def run_row(row: Row, folder: Path) -> dict[str, Any]:
         if weak_state is not None and row["train_weak"] == "no" and row["weak_refresh"] == "never":
             after = weak_object.state_dict()
             assert all(torch.equal(after[name], value) for name, value in weak_state.items())
-        record["weak_after"] = weak_logits_of(trainer, row["precision"])
+        if row["weak_cache"] == "none":  # or only its LM head may be left
+            record["weak_after"] = weak_logits_of(trainer, row["precision"])
         record |= {"batches": batches, "draws": draws, "logs": trainer.state.log_history}
         record |= {"global_step": trainer.state.global_step, "max_steps": trainer.state.max_steps}
         record |= {"end": state_of(trainer.model), "logits": logits_of(trainer.model, row["precision"])}

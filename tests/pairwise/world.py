@@ -38,6 +38,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from wmss_trl.data.tiny import build_tokenizer
 
 NUM_EXAMPLES = 18
+GLOBAL_BATCH = 4
 # Longer than a packed row needs to be for several documents, shorter than two rows together
 PACKED_LENGTH = {"prompt-completion": 48, "text": 48, "messages": 80}
 ADAPTERS = {
@@ -212,10 +213,6 @@ class World:
     def sft_epochs(self) -> int:
         return 0 if self.row["weak"] == "auto" or self.row["curriculum"] == "score-file" else 1
 
-    @property
-    def global_batch(self) -> int:
-        return 2 if self.row["layout"] == "packed" else 4
-
     def base(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.folder / "base")
 
@@ -244,7 +241,8 @@ class World:
         if kind == "m0":
             return self.handed_in()
         if kind == "adapter":
-            return PeftModel.from_pretrained(self.base(), folder / "adapter")
+            trained = self.row["train_weak"] == "yes"
+            return PeftModel.from_pretrained(self.base(), folder / "adapter", is_trainable=trained)
         if kind == "4-bit":
             return AutoModelForCausalLM.from_pretrained(folder / "weak", **self.four_bit)
         name = {"auto": "auto/checkpoint-3", "smaller": "smaller"}.get(kind, "weak")
@@ -265,7 +263,7 @@ class World:
             "output_dir": str(self.folder / output),
             "use_cpu": True,
             "bf16": row["precision"] == "bf16",
-            "per_device_train_batch_size": max(1, self.global_batch // processes // accumulation),
+            "per_device_train_batch_size": GLOBAL_BATCH // processes // accumulation,
             "per_device_eval_batch_size": 8,
             "gradient_accumulation_steps": accumulation,
             "activation_checkpointing": row["checkpointing"] == "yes",
