@@ -304,6 +304,21 @@ def test_bf16_autocast_covers_both(make_trainer, make_model, earlier_adapter, lo
     np.testing.assert_allclose(runs[1], runs[0], rtol=2e-2)
 
 
+@pytest.mark.parametrize("full_logits", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_autocast_ends_with_each_step(make_trainer, make_model, earlier_adapter, lora, full_logits, monkeypatch):
+    """A weak branch runs inside the strong model's forward, whose autocast context must not be entered twice."""
+    if full_logits:
+        monkeypatch.setattr("wmss_trl.lm_head._head_problem", lambda model: "of the test")
+    peft_config, weak_model = (LORA, earlier_adapter[1]) if lora else (None, make_model(seed=2, dropout=0.0))
+    trainer = make_trainer(None, peft_config, weak_model, bf16=True, max_steps=2)
+    try:
+        trainer.train()
+        assert not torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_autocast_enabled("cpu", False)  # for the tests to come
+
+
 # Bad input
 
 

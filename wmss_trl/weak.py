@@ -344,8 +344,10 @@ class TrainedAdapter(NamedAdapter):
         return call
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
+        # In the middle of the model's own forward. Accelerate runs that in one autocast context, which must not be
+        # entered twice: it would stay on. What is under the adapter is not wrapped.
         with active_adapter(self.model, self.name), recomputing_with(self.model, self.name):
-            return self.model(**inputs).logits
+            return unwrap_adapter(self.model)(**inputs).logits
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in adapter_parameters(self.model, self.name).values() if p.requires_grad]

@@ -22,7 +22,7 @@ class Settings:
 
     sft_epochs: int
     total_steps: int
-    learning_rate: float = 1e-2
+    learning_rate: float
     adam_epsilon: float = 1e-3
     max_grad_norm: float = 1.0
     mixing_lambda: float = 0.4

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import is_peft_model
 from factors import Row
 from peft import AutoPeftModelForCausalLM
@@ -164,6 +165,7 @@ def run_row(row: Row, folder: Path) -> dict[str, Any]:
         record |= {"end": state_of(trainer.model), "logits": logits_of(trainer.model, row["precision"])}
         trainer.save_model(str(folder / "final"))
         trainer.accelerator.wait_for_everyone()
+        assert not torch.is_autocast_enabled("cpu"), "autocast is still on after the run"
         record |= saved(folder / "final", is_peft_model(trainer.model), row["precision"])
     return record
 
@@ -195,6 +197,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", 0))
     for name, row in json.loads(sys.argv[1]).items():
         folder = Path(sys.argv[2]) / name
+        AcceleratorState._reset_state()  # which keeps the precision of the first row
         try:
             record = run_row(row, folder)
         except BaseException as error:

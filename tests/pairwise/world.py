@@ -180,6 +180,11 @@ def make_collator(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     return classes[kind](tokenizer.pad_token_id)
 
 
+def learning_rate(row: Row) -> float:
+    """Rounding to bfloat16 must not grow into another run."""
+    return 1e-2 if row["precision"] == "fp32" else 1e-3
+
+
 @dataclass
 class World:
     """The files of a row and how its models and arguments are built from them."""
@@ -269,7 +274,7 @@ class World:
             "activation_checkpointing": row["checkpointing"] == "yes",
             "num_train_epochs": self.sft_epochs + 2,
             "sft_epochs": self.sft_epochs,
-            "learning_rate": 1e-2,
+            "learning_rate": learning_rate(row),
             "optim": "adamw_torch",
             "adam_epsilon": 1e-3,  # so that Adam does not magnify rounding where gradients are small
             "weight_decay": 0.0,
@@ -313,7 +318,8 @@ class World:
         if row["evaluation"] == "load-best":
             options |= {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
         if row["length"] == "max-steps":
-            options["max_steps"] = 5 if row["layout"] == "packed" else 10
+            # Within the last epoch
+            options["max_steps"] = (4, 5)[self.sft_epochs] if row["layout"] == "packed" else (5, 10)[self.sft_epochs]
         if row["weak"] == "auto":
             options["weak_model_name_or_path"] = f"auto:{self.folder / 'auto'}"
         if row["weak"] == "4-bit":
