@@ -14,11 +14,12 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python examples/train_math.py
 
 test: $(INSTALLED) lint
-	$(VENV)/bin/python -m pytest -m "not ci and not slow and not gpu and not multi_gpu"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not ci and not slow and not gpu and not multi_gpu"
 
-# What is too long for `test`.
+# What is too long for `test`. Launches of two processes have the cores for themselves.
 test-ci: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "ci and not slow and not gpu and not multi_gpu"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "ci and not slow and not gpu and not multi_gpu" --ignore tests/distributed
+	$(VENV)/bin/python -m pytest -m "ci and not slow and not gpu and not multi_gpu" tests/distributed
 
 # Everything, GPU tests too where there is one. The kernels need Triton, which the CUDA builds of PyTorch bring along.
 test-all: $(INSTALLED) lint

@@ -111,7 +111,7 @@ def test_resumed_run_ends_the_same(make_trainer, lora, device, tmp_path):
     whole = make(save_strategy="steps", save_steps=1, output_dir=str(tmp_path / "whole"))
     whole.train()
     assert len(losses(whole)) == 28
-    for step in (4, 10, 12, 16, 18, 22, 25):
+    for step in (10, 12, 16, 25):  # the end of phase 1 and of the first round, and within rounds
         resumed = make(output_dir=str(tmp_path / f"resumed-{step}"))
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert losses(resumed) == losses(whole), step

@@ -16,6 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from wmss_trl.data.tiny import build_model, build_tokenizer
 
+# Too long for `make test`, in which the rows of tests/pairwise with two processes are launched
+pytestmark = pytest.mark.ci
+
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 
 # What is run under every engine. Runs of LoRA need a large learning rate, or the entropies hardly change and the draw

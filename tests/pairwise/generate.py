@@ -156,10 +156,21 @@ def smallest_subset(rows: list[Row]) -> list[int]:
 
 
 def markdown_table(refusals: Refusals) -> str:
-    lines = ["| options | what the error says |", "|---|---|"]
     order = {value: number for number, value in enumerate((f, v) for f, values in FACTORS.items() for v in values)}
-    for options, message in sorted(refusals.items(), key=lambda item: sorted(order[option] for option in item[0])):
-        names = ", ".join(f"{factor} = {value}" for factor, value in sorted(options, key=order.get))
+    entries = [(sorted(options, key=order.get), message) for options, message in refusals.items()]
+    entries.sort(key=lambda entry: [order[option] for option in entry[0]])
+    merged = [({factor: [value] for factor, value in options}, message) for options, message in entries]
+    for factor in reversed(FACTORS):  # a line for all values of it with the same message and the same other options
+        groups: dict[str, tuple[dict[str, list[str]], str]] = {}
+        for options, message in merged:
+            key = repr((message, [item if item[0] != factor else factor for item in options.items()]))
+            first, _ = groups.setdefault(key, (options, message))
+            if first is not options and factor in options:
+                first[factor] += options[factor]
+        merged = list(groups.values())
+    lines = ["| options | what the error says |", "|---|---|"]
+    for options, message in merged:
+        names = ", ".join(f"{factor} = {' or '.join(values)}" for factor, values in options.items())
         lines.append(f"| {names} | {message.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
 

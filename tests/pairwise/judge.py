@@ -139,7 +139,7 @@ def check_draws(world: World, settings: Settings, record: Record, steps: list[St
 
 
 def assert_close(name: str, ours: Any, expected: Any, tolerance: float) -> None:
-    """In fp32 each number is within the tolerance; in bf16, where a token may flip an expert, their mean distance is."""
+    """In fp32 each number is within the tolerance; in bf16, where an expert may flip, their mean distance is."""
     ours, expected = np.asarray(ours, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     assert ours.shape == expected.shape, f"{name}: {ours.shape} values, not {expected.shape}"
     error = np.abs(ours - expected) / np.maximum(1, np.abs(expected))

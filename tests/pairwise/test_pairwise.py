@@ -24,10 +24,14 @@ FOLDER = Path(__file__).parent
 RECIPE = FOLDER.parents[1] / "recipes" / "accelerate" / "ddp.yaml"
 ROWS, REFUSALS = read_rows(), read_refusals()
 SUBSET = smallest_subset(ROWS)
-PARAMETERS = [
-    pytest.param(i, id=f"{i}-{short_name(row)}", marks=[] if i in SUBSET else pytest.mark.ci)
-    for i, row in enumerate(ROWS)
-]
+
+
+def marks_of(number):
+    marks = [] if number in SUBSET else [pytest.mark.ci]
+    return [*marks, pytest.mark.xdist_group("launched")] if ROWS[number]["processes"] == "2" else marks
+
+
+PARAMETERS = [pytest.param(i, id=f"{i}-{short_name(row)}", marks=marks_of(i)) for i, row in enumerate(ROWS)]
 
 
 def build(number, folder):
