@@ -147,7 +147,9 @@ def test_a_model_that_was_split_when_it_was_loaded_is_refused(
 def test_a_weak_model_on_one_device_is_not_refused(make_model, make_args, tokenizer, dataset, device_map):
     weak_model = make_model(seed=1)
     weak_model.hf_device_map = device_map
-    WMSSTrainer(make_model(), make_args(), train_dataset=dataset, processing_class=tokenizer, weak_model=weak_model)
+    models = {"model": make_model(), "weak_model": weak_model}
+    trainer = WMSSTrainer(**models, args=make_args(), train_dataset=dataset, processing_class=tokenizer)
+    assert trainer.weak_reference.model is weak_model
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
