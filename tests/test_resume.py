@@ -128,6 +128,17 @@ def test_a_checkpoint_of_plain_sft_with_other_batches_goes_on_with_a_warning(
 # Files of a checkpoint
 
 
+def test_a_streaming_run_goes_on(make_trainer, make_model, dataset):
+    """It has no length that an epoch could be told by."""
+    options = {"train_dataset": dataset.to_iterable_dataset(), "curriculum": False, "sft_epochs": 0, "max_steps": 6}
+    options |= {"weak_model": make_model(seed=1, dropout=0.0), "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(**options)
+    whole.train()
+    resumed = make_trainer("resumed", **options)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert_ends_the_same(resumed, whole)
+
+
 @pytest.fixture
 def saved_run(make_trainer):
     """A run of 22 steps and its folder: saved after steps 5, 10, 15, 20 and 22."""
