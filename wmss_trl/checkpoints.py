@@ -221,7 +221,7 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> bool:
     Returns:
         `bool`: whether the weights had other names and have been loaded.
     """
-    files = list(Path(checkpoint).glob("*.safetensors"))
+    files = list(Path(checkpoint).glob("model*.safetensors"))  # not those of an adapter
     if not isinstance(model, PreTrainedModel) or not files:
         return False
     names: set[str] = set()
