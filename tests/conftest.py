@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Nothing here may reach a network; set before the libraries read them
@@ -9,6 +10,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
@@ -18,6 +20,7 @@ from wmss_trl.data.tiny import build_model, build_tokenizer
 
 
 def pytest_collection_modifyitems(items):
+    gc.freeze()  # Trainers collect garbage after each run, which goes through all that was imported otherwise
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -36,6 +39,20 @@ def sums(num_examples: int, seed: int = 0) -> list[dict[str, str]]:
         terms = [generator.randint(0, 99) for _ in range(generator.randint(2, 6))]
         examples.append({"prompt": " + ".join(map(str, terms)) + " =", "completion": f" {sum(terms)}"})
     return examples
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class StopAt(TrainerCallback):
+    """Stops a run as if it had been killed after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.fixture(scope="session")
@@ -66,11 +83,12 @@ def make_model(tokenizer):
 
 @pytest.fixture
 def make_args(tmp_path):
-    """Arguments for comparing numbers: float32, every step logged, no reporters."""
+    """Arguments for comparing numbers: float32, every step logged, no reporters, no figures."""
 
     def make(cls=WMSSConfig, **kwargs):
         return cls(
             **{
+                **({"plot_curriculum": False} if cls is WMSSConfig else {}),
                 "output_dir": str(tmp_path / "run"),
                 "bf16": False,
                 "activation_checkpointing": False,

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import losses
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -53,10 +54,6 @@ def make_trainer(make_model, make_args, tokenizer, dataset):
         )
 
     return make
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def brute_force_entropy(model, ids, positions):

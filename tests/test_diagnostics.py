@@ -82,7 +82,7 @@ def test_each_redraw_leaves_a_figure_and_is_reported(make_model, make_args, toke
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    args = make_args(report_to="tensorboard", num_train_epochs=3)
+    args = make_args(report_to="tensorboard", num_train_epochs=3, plot_curriculum=True)
     trainer = WMSSTrainer(make_model(), args, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
     folder = tmp_path / "run" / "curriculum"

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import losses
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from test_losses import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -58,10 +59,6 @@ def logits(model):
 def weak_logits(trainer):
     with trainer.weak_reference.activated() as weak:
         return weak(INPUTS).logits
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def two_model_loop(strong, weak, trainer, trainable, mixing_lambda, anchor_weight, steps, loss_type="nll"):

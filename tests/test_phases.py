@@ -3,20 +3,12 @@
 import warnings
 
 import pytest
-from transformers import TrainerCallback
+from conftest import StopAt
 from trl import SFTTrainer
 
 from wmss_trl import WMSSTrainer
 
 HOOKS = ("set_initial_training_values", "_init_training_state", "_run_epoch")
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import losses
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -41,10 +42,6 @@ def logits(model):
         return model.eval()(INPUTS).logits
     finally:
         model.train(training)
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 class Rounds(TrainerCallback):

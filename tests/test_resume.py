@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import sums
+from conftest import losses, sums
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -20,10 +20,6 @@ from wmss_trl import WMSSTrainer
 from wmss_trl.checkpoints import problems_of
 from wmss_trl.epochs import EpochPlan
 from wmss_trl.run_state import check_same_order, check_same_steps
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def assert_ends_the_same(trainer, whole):

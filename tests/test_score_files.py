@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import sums
+from conftest import losses, sums
 from datasets import Dataset, load_dataset
 
 from wmss_trl import WMSSTrainer, draw_active_set, sampling_weights
@@ -28,10 +28,6 @@ def make_trainer(make_model, make_args, tokenizer, dataset):
         )
 
     return make
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def count_examples(trainer):

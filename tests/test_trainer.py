@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import sums
+from conftest import StopAt, losses, sums
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_losses import cross_entropy
@@ -17,21 +17,9 @@ from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_tokenizer
 
 
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def assert_same_weights(model, other):
     for (name, parameter), expected in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, expected), name
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 class WeightsAt(TrainerCallback):
@@ -602,74 +590,6 @@ def test_adapter_folder_is_a_weak_model_with_its_base(make_trainer, make_model, 
     with trainer.weak_reference.activated() as weak:
         torch.testing.assert_close(weak(inputs).logits, expected(inputs).logits)
         assert not torch.allclose(weak(inputs).logits, make_model().eval()(inputs).logits)
-
-
-def test_new_lora_adapter_uses_its_base_as_weak_model(make_trainer, make_model, dataset):
-    from peft import LoraConfig
-
-    base = make_model()
-    start = copy.deepcopy(base).eval()
-    trainer = make_trainer(base, peft_config=LoraConfig(r=4, lora_dropout=0.1), num_train_epochs=2)
-    trainer.train()
-    inputs = torch.tensor([[5, 6, 7, 8]])
-    with trainer.weak_reference.activated() as weak, torch.no_grad():
-        assert weak is trainer.model
-        torch.testing.assert_close(weak(inputs).logits, start(inputs).logits, rtol=0, atol=0)
-    with torch.no_grad():  # the adapter is on again, and has learnt something
-        assert not torch.allclose(trainer.model.eval()(inputs).logits, start(inputs).logits)
-    for name, parameter in trainer.model.get_base_model().named_parameters():
-        if "lora" not in name:
-            assert torch.equal(parameter, start.get_parameter(name.replace(".base_layer", ""))), name
-    assert "mixed_nll" in trainer.state.log_history[-2]
-
-
-def test_adapter_is_on_again_after_an_error_in_the_weak_forward(make_trainer):
-    from peft import LoraConfig
-
-    trainer = make_trainer(peft_config=LoraConfig(r=4))
-    trainer.model.train()
-    with pytest.raises(RuntimeError, match="in the weak forward"), trainer.weak_reference.activated():
-        raise RuntimeError("in the weak forward")
-    assert trainer.model.training
-    assert trainer.model.get_model_status().enabled is True
-
-
-@pytest.mark.parametrize("init", [True, "pissa"])
-def test_adapter_that_was_there_before_is_part_of_the_weak_model(make_trainer, make_model, init):
-    """Switching such an adapter off would not give the model as it was handed in."""
-    from peft import LoraConfig, get_peft_model
-
-    if init == "pissa":  # moves base weights into the new adapter
-        trainer = make_trainer(peft_config=LoraConfig(r=4, init_lora_weights="pissa"), num_train_epochs=2)
-    else:
-        model = get_peft_model(make_model(), LoraConfig(r=4))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_()
-        trainer = make_trainer(model, num_train_epochs=2)
-    inputs = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        expected = trainer.model.eval()(inputs).logits
-    trainer.train()
-    with trainer.weak_reference.activated() as weak:
-        torch.testing.assert_close(weak(inputs).logits, expected)
-    with torch.no_grad():
-        assert not torch.allclose(trainer.model.eval()(inputs).logits, expected)
-
-
-def test_saved_adapter_holds_no_weak_model(make_trainer, make_model, tmp_path):
-    from peft import LoraConfig, PeftModel
-
-    trainer = make_trainer(peft_config=LoraConfig(r=4), num_train_epochs=2)
-    trainer.train()
-    trainer.save_model()
-    names = set(load_file(tmp_path / "run" / "adapter_model.safetensors"))
-    assert names
-    assert all("lora_" in name for name in names)
-    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "run").eval()
-    inputs = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(inputs).logits, trainer.model.eval()(inputs).logits)
 
 
 @pytest.mark.parametrize("lora", [False, True])

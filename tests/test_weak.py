@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import losses
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
@@ -87,10 +88,6 @@ def logits(model):
         return model.eval()(INPUTS).logits
     finally:
         model.train(training)
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def base_weights(model):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import losses
 from peft import LoraConfig
 
 from wmss_trl import WMSSTrainer
@@ -30,10 +31,6 @@ def make_trainer(make_model, make_args, tokenizer, dataset):
         )
 
     return make
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def without_forwards(states):
