@@ -1,6 +1,8 @@
 import copy
+import gc
 import inspect
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from conftest import StopAt, losses, sums
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from test_losses import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
@@ -682,6 +685,31 @@ def test_data_loader_workers_follow_the_curriculum(make_trainer, make_model):
 
 
 # Bad input
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train_weak": True},
+        {"weak_refresh": "epoch"},
+        {"weak_cache": "hidden"},
+        {"lambda_schedule": "crossover"},
+        {"peft_config": LoraConfig(r=4)},
+        {"peft_config": LoraConfig(r=4), "train_weak": True, "activation_checkpointing": True},
+    ],
+)
+def test_a_trainer_is_freed_without_the_garbage_collector(make_trainer, options):
+    """As SFTTrainer is. Otherwise its data loaders wait 5 seconds for each of their workers."""
+    trainer = make_trainer(num_train_epochs=2, **options)
+    trainer.train()
+    freed = weakref.ref(trainer), weakref.ref(trainer._active_dataloader)
+    gc.disable()
+    try:
+        del trainer
+        assert [reference() for reference in freed] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_two_weak_models_are_refused(make_trainer, make_model):

@@ -1,6 +1,7 @@
 """Curriculum-enhanced data activation of a run: its training set, the scores of its two models, and the sampler."""
 
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -113,9 +114,10 @@ class DataActivation:
             self.dataset_of_rows = PackedDocuments(documents)
             num_rows = max(1, round(args.active_fraction * min(len(train_dataset), len(documents))))
             pack = partial(pack_prefix, lengths=lengths, row_length=args.max_length, num_rows=num_rows)
+        this = weakref.proxy(self)  # A data loader in a reference cycle waits for its workers in vain when it is freed
         self.sampler = CurriculumSampler(
             len(self.dataset),
-            self.score,
+            lambda: this.score(),
             first_epoch=args.sft_epochs,
             active_fraction=args.active_fraction,
             replacement=args.curriculum_replacement,

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import json
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -216,8 +217,10 @@ class WMSSTrainer(SFTTrainer):
             check_replicated(self.accelerator, f"`weak_model={name!r}` compares checkpoints with", remedy)
             weak_model, args.weak_model_name_or_path = self._choose_weak_model(name), None
 
+        this = weakref.proxy(self)  # In a reference cycle it would be freed late
+
         def strong() -> nn.Module:  # not the model itself, which FSDP2 wraps when training starts
-            return self.model
+            return this.model
 
         self.weak_reference = make_weak_reference(
             weak_model,
@@ -236,6 +239,9 @@ class WMSSTrainer(SFTTrainer):
         self._full_logits = any(problems.values())
         check_lm_heads(args, problems, train_dataset, self.accelerator)
         if args.curriculum:
+            this = weakref.proxy(
+                self
+            )  # In a reference cycle, workers of data loaders outlive the run and are waited for
             self._activation = DataActivation(
                 args,
                 strong,
@@ -249,8 +255,8 @@ class WMSSTrainer(SFTTrainer):
                 weak_is_initial=weak_model is None
                 and args.weak_model_name_or_path is None
                 and self.weak_reference.starts_as_strong,
-                steps_done=lambda: self.state.global_step,
-                on_redraw=self._report_redraw,
+                steps_done=lambda: this.state.global_step,
+                on_redraw=lambda metrics: this._report_redraw(metrics),
             )
             self.curriculum_sampler = self._activation.sampler
             self.add_callback(self.curriculum_sampler)
