@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+PYTEST := $(VENV)/bin/python -m pytest
+ANYWHERE := not slow and not gpu and not multi_gpu
 
 .PHONY: demo test test-ci test-all lint format
 
@@ -13,18 +15,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/train_math.py
 
+# Launches of two processes have the cores for themselves.
 test: $(INSTALLED) lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not ci and not slow and not gpu and not multi_gpu"
+	$(PYTEST) -n 2 --dist loadfile -m "not ci and not launched and $(ANYWHERE)"
+	$(PYTEST) -m "launched and not ci and $(ANYWHERE)"
 
-# What is too long for `test`. Launches of two processes have the cores for themselves.
+# What is too long for `test`
 test-ci: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "ci and not slow and not gpu and not multi_gpu" --ignore tests/distributed
-	$(VENV)/bin/python -m pytest -m "ci and not slow and not gpu and not multi_gpu" tests/distributed
+	$(PYTEST) -n 2 -m "ci and not launched and $(ANYWHERE)"
+	$(PYTEST) -m "ci and launched and $(ANYWHERE)"
 
-# Everything, GPU tests too where there is one. The kernels need Triton, which the CUDA builds of PyTorch bring along.
+# Everything, GPU tests too where there is one
 test-all: $(INSTALLED) lint
-	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet triton==3.9.0
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

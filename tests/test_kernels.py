@@ -1,4 +1,4 @@
-"""Triton against PyTorch: on a GPU where there is one, otherwise under Triton's interpreter if Triton is installed."""
+"""Triton against PyTorch: on a GPU where there is one, otherwise under Triton's interpreter."""
 
 import os
 import subprocess
@@ -11,8 +11,6 @@ from test_losses import HEAD, check_confident_models, random_heads
 
 from wmss_trl import tiles
 from wmss_trl.losses import linear_mixed_cross_entropy
-
-pytest.importorskip("triton", reason="Triton is not installed: `pip install triton` to run it under its interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("loss", "strong_log_probs", "mixed_log_probs", "strong_entropy", "weak_entropy", "mixed_entropy")
@@ -77,6 +75,7 @@ def test_triton_is_exact_for_confident_models(monkeypatch):
     check_confident_models(DEVICE)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("floats", ["fp32", "fp64"])  # the latter in a compiled model, before PyTorch 2.15
 @pytest.mark.parametrize(("capability", "dtype"), [("80", "fp32"), ("90", "bf16")])
 def test_kernels_compile_for_gpus_that_need_not_be_there(capability, dtype, floats):

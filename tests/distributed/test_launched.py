@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from wmss_trl.data.tiny import build_model, build_tokenizer
 
 # Too long for `make test`, in which the rows of tests/pairwise with two processes are launched
-pytestmark = pytest.mark.ci
+pytestmark = [pytest.mark.ci, pytest.mark.launched]
 
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 

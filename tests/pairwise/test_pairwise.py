@@ -28,7 +28,7 @@ SUBSET = smallest_subset(ROWS)
 
 def marks_of(number):
     marks = [] if number in SUBSET else [pytest.mark.ci]
-    return [*marks, pytest.mark.xdist_group("launched")] if ROWS[number]["processes"] == "2" else marks
+    return [*marks, pytest.mark.launched] if ROWS[number]["processes"] == "2" else marks
 
 
 PARAMETERS = [pytest.param(i, id=f"{i}-{short_name(row)}", marks=marks_of(i)) for i, row in enumerate(ROWS)]
