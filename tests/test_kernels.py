@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_losses import HEAD, check_confident_models, random_heads
+from loss_cases import HEAD, check_confident_models, random_heads
 
 from wmss_trl import tiles
 from wmss_trl.losses import linear_mixed_cross_entropy
@@ -15,6 +15,7 @@ from wmss_trl.losses import linear_mixed_cross_entropy
 pytest.importorskip("triton", reason="Triton is not installed: `pip install triton` to run it under its interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.gpu if DEVICE == "cuda" else lambda test: test  # without one the interpreter runs them
 NAMES = ("loss", "strong_log_probs", "mixed_log_probs", "strong_entropy", "weak_entropy", "mixed_entropy")
 MOMENTS = ("strong_logit_mean", "weak_logit_mean", "strong_logit_norm", "weak_logit_norm")
 
@@ -26,6 +27,7 @@ def run(tensors, targets, wanted, **options):
     return output, grads
 
 
+@on_gpu
 @pytest.mark.parametrize("wanted", [(), ("strong_hidden", "strong_weight", "strong_bias"), "all"])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
@@ -54,6 +56,7 @@ def test_triton_equals_pytorch(monkeypatch, dtype, tolerance, head, anchor_weigh
         assert (grad - other).float().norm() <= tolerance * other.float().norm() + 1e-6, name
 
 
+@on_gpu
 def test_of_equal_logits_the_first_is_on_top(monkeypatch):
     monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     ones = torch.ones(2, 1, device=DEVICE)
@@ -63,6 +66,7 @@ def test_of_equal_logits_the_first_is_on_top(monkeypatch):
     assert output.is_top1.tolist() == [True, False]
 
 
+@on_gpu
 def test_of_equal_logits_in_different_blocks_the_first_is_on_top(monkeypatch):
     monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     weight = torch.ones(2500, 1, device=DEVICE)
@@ -72,6 +76,7 @@ def test_of_equal_logits_in_different_blocks_the_first_is_on_top(monkeypatch):
     assert output.is_top1.tolist() == [True, False, False]
 
 
+@on_gpu
 def test_triton_is_exact_for_confident_models(monkeypatch):
     monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     check_confident_models(DEVICE)
