@@ -310,7 +310,7 @@ def build_trainer(plan: Plan, variant: Variant, folder: Path) -> Trainer:
         max_length=None,
         bf16=plan.device == "cuda",
         use_cpu=plan.device == "cpu",
-        gradient_checkpointing=plan.checkpointing,  # transformers before 5.23 has no other name
+        gradient_checkpointing=plan.checkpointing,
         torch_compile=plan.compile,
         logging_steps=1,
         save_strategy="no",

@@ -195,7 +195,7 @@ def main() -> None:
             max_steps=steps,
             per_device_train_batch_size=args.batch_size,
             bf16=args.bf16,
-            gradient_checkpointing=args.checkpointing,  # transformers before 5.23 has no other name
+            gradient_checkpointing=args.checkpointing,
             use_cpu=args.device == "cpu",
             logging_steps=1,
             save_strategy="no",

@@ -62,7 +62,7 @@ def main() -> None:
             max_length=None,
             bf16=args.bf16,
             use_cpu=args.device == "cpu",
-            gradient_checkpointing=args.checkpointing,  # transformers before 5.23 has no other name
+            gradient_checkpointing=args.checkpointing,
             logging_steps=1,
             save_strategy="no",
             report_to="none",

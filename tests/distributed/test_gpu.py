@@ -16,7 +16,7 @@ KINDS = {
     "joint": JOINT,
     "joint-lora": LORA | JOINT,
     "cached": {"weak_cache": "hidden"},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
 }
 # DeepSpeed builds its operators first
 DEEPSPEED = [
