@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
+OUT ?= gpu_results
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-ci test-all lint format
+.PHONY: demo test test-ci test-all gpu lint format
 
 # The environment is rebuilt only when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -25,6 +26,11 @@ test-ci: $(INSTALLED)
 test-all: $(INSTALLED) lint
 	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet triton==3.9.0
 	$(VENV)/bin/python -m pytest
+
+# What a GPU must show, in at most 9 minutes, into the folder OUT. No environment is made: PYTHON needs PyTorch and the
+# dependencies of this package.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

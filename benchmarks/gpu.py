@@ -78,7 +78,7 @@ TARGETS = [
 ]
 
 
-def plan(device: str, free_bytes: int = 0, gpus: int = 1) -> list[Step]:
+def plan(device: str, free_bytes: int = 0) -> list[Step]:
     """The steps, at presets that fit into the free memory of a GPU; the limits of all add up to no more than
     `BUDGET`."""
     # Only files that have such tests, so that nothing else must be importable; launches come last
@@ -112,7 +112,7 @@ def plan(device: str, free_bytes: int = 0, gpus: int = 1) -> list[Step]:
     )
     loss = largest((24, "--preset qwen3-4b"), (0, "--preset qwen3-0.6b"))
     scoring = largest((40, "--preset qwen3-4b"), (0, "--preset qwen3-0.6b"))
-    engine = f"{small} {largest((32, '--batch_size 4'), (0, '--batch_size 1'))} --processes {gpus}"
+    engine = f"{small} {largest((32, '--batch_size 4'), (0, '--batch_size 1'))} --processes 1"
     return [
         tests,
         benchmark("loss", "loss", f"{loss} --tokens 4096 --dtype bfloat16", 45),
@@ -292,14 +292,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu_results"), help="Folder.")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     args = parser.parse_args()
+    # One GPU: with more of them in a process, Trainer would split batches
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `run_step`, which ends what it has started
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "log.txt").unlink(missing_ok=True)
     report, deadline = Report(args.out), time.monotonic() + BUDGET
     probe = Step("environment", ["benchmarks/measure.py", "--device", args.device], 60, is_benchmark=True)
     report.run([probe], time.monotonic() + probe.limit)
-    found = report.environment
-    report.run(plan(args.device, found.get("free_bytes", 0), found.get("gpus", 1)), deadline)
+    report.run(plan(args.device, report.environment.get("free_bytes", 0)), deadline)
     print(summary(report))
     sys.exit(bool(report.failed))
 

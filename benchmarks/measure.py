@@ -204,9 +204,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", default=None, help="File for it.")
     args = parser.parse_args()
-    found = environment(args.device)
+    found = dict(environment(args.device))
     if args.device.startswith("cuda"):
-        found |= {"gpus": torch.cuda.device_count(), "free_bytes": torch.cuda.mem_get_info()[0]}
+        found["free_bytes"] = torch.cuda.mem_get_info()[0]
     print(json.dumps(found, indent=1))
     if args.json:
         write_json(args.json, found)
