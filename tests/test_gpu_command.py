@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import measure  # noqa: E402
+import step as step_benchmark  # noqa: E402
 
 BENCHMARK = """
 import json, sys, time
@@ -120,6 +122,39 @@ def test_tables_of_the_results_and_the_range_over_machines(report, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(other))
     ranges = tables(path, tmp_path / "other.json").split("Range over 3 runs of `step.py`")[1]
     assert cells(ranges, "(c) WMSS, frozen weak") == ["1.34 to 2.00"]
+
+
+class Steps:
+    """Stands in for a trainer: steps that do nothing, or fail at the third."""
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def add_callback(self, callback):
+        self.callback = callback
+
+    def train(self):
+        for number in range(5):
+            self.callback.on_step_begin(None, None, None)
+            if self.fails and number == 2:
+                raise MemoryError("too large")
+            self.callback.on_step_end(None, None, None)
+
+
+def test_a_candidate_that_fails_does_not_stop_the_others(capfd):
+    def fails(*_):
+        raise MemoryError("too large")
+
+    rounds = []
+    results = measure.interleaved({"fails": fails, "runs": lambda: None}, 3, "cpu", report=rounds.append)
+    assert len(rounds) == 5  # warming up and the memory come first
+    builders = {"builds": fails, "fails": lambda: Steps(True), "runs": lambda: Steps(False)}
+    turns = step_benchmark.take_turns(builders, 3, "cpu")
+    for found in (results, turns):
+        assert len(found["runs"].seconds) == 3
+        assert found["runs"].error is None
+    assert {results["fails"].error, turns["builds"].error, turns["fails"].error} == {"MemoryError: too large"}
+    assert "Traceback" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("free_gib", [0, 22, 30, 45, 79, 140])
