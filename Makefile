@@ -1,10 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
+OUT ?= gpu_results
 INSTALLED := $(VENV)/.installed
 PYTEST := $(VENV)/bin/python -m pytest
 ANYWHERE := not slow and not gpu and not multi_gpu
 
-.PHONY: demo test test-ci test-all lint format
+.PHONY: demo test test-ci test-all gpu lint format
 
 # The environment is rebuilt only when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -28,6 +29,11 @@ test-ci: $(INSTALLED)
 # Everything, GPU tests too where there is one
 test-all: $(INSTALLED) lint
 	$(PYTEST)
+
+# What a GPU must show, in at most 9 minutes, into the folder OUT. No environment is made: PYTHON needs PyTorch and the
+# dependencies of this package.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

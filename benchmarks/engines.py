@@ -37,8 +37,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from measure import Measurement, earlier_adapter, environment, quartiles
+from measure import earlier_adapter, environment, save
 from peft import LoraConfig
+from results import Measurement, one_line, ratios, table, with_heading, with_quartiles
 from step import PRESETS, FullLogitSFTTrainer, build_qwen3
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -309,7 +310,7 @@ def build_trainer(plan: Plan, variant: Variant, folder: Path) -> Trainer:
         max_length=None,
         bf16=plan.device == "cuda",
         use_cpu=plan.device == "cpu",
-        activation_checkpointing=plan.checkpointing,
+        gradient_checkpointing=plan.checkpointing,
         torch_compile=plan.compile,
         logging_steps=1,
         save_strategy="no",
@@ -321,7 +322,7 @@ def build_trainer(plan: Plan, variant: Variant, folder: Path) -> Trainer:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     def model(seed: int) -> nn.Module:
-        return build_qwen3(plan.preset, seed, plan.tokens).to(DTYPES[plan.dtype])
+        return build_qwen3(plan.preset, seed, plan.tokens, arguments.device).to(DTYPES[plan.dtype])
 
     def adapter() -> LoraConfig:
         return LoraConfig(r=LORA_RANK, target_modules="all-linear")
@@ -510,58 +511,49 @@ def ratio(result: dict[str, Any], reference: dict[str, Any]) -> str:
     """Median of the ratios within a round, and their quartiles."""
     if "measurement" not in reference:
         return "-"
-    pairs = zip(result["measurement"]["seconds"], reference["measurement"]["seconds"], strict=True)
-    low, median, high = quartiles([ours / theirs for ours, theirs in pairs])
-    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+    return with_quartiles(ratios(result["measurement"]["seconds"], reference["measurement"]["seconds"]))
 
 
-def row(engine: str, name: str, results: dict[str, dict[str, Any]]) -> str:
+def row(engine: str, name: str, results: dict[str, dict[str, Any]]) -> list[str]:
     """A line of the table of times."""
     result, variant = results.get(name, {}), VARIANTS[name]
     if "error" in result:
-        error = result["error"].replace("|", "/").replace("\n", " ")
-        return f"| {engine} | {variant.label} | failed: {error[:300]} | | | | |"
-    low, median, high = quartiles([1000 * seconds for seconds in result["measurement"]["seconds"]])
+        return [engine, variant.label, f"failed: {one_line(result['error'])}", "", "", "", ""]
     peak = result["measurement"]["peak_bytes"]
-    cells = (
-        f"{median:.0f} ({low:.0f}-{high:.0f})",
+    return [
+        engine,
+        variant.label,
+        with_quartiles([1000 * seconds for seconds in result["measurement"]["seconds"]], digits=0),
         *(ratio(result, results.get(reference, {})) for reference in variant.references),
         f"{mebibytes(result['sent'])} / {mebibytes(result['sent_estimate'])}",
         f"{mebibytes(peak)} / {mebibytes(result['peak_estimate'])}" if peak else "not measured",
-    )
-    return f"| {engine} | {variant.label} | {' | '.join(cells)} |"
+    ]
 
 
-def memory_row(engine: str, name: str, result: dict[str, Any]) -> str:
+def memory_row(engine: str, name: str, result: dict[str, Any]) -> list[str]:
     """A line of the table of tensors."""
     sizes, estimate = result["tensors"], result["tensors_estimate"]
     cells = [f"{mebibytes(sizes[part])} / {mebibytes(estimate[part])}" for part in PARTS]
-    return f"| {engine} | {VARIANTS[name].label} | {' | '.join(cells)} | {mebibytes(sizes['kept_whole'])} |"
+    return [engine, VARIANTS[name].label, *cells, mebibytes(sizes["kept_whole"])]
 
 
 def tables(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Times with traffic and peak, and the tensors, of all engines; MB are 2^20 bytes."""
-    rows = [row(engine, name, variants) for engine, variants in results.items() for name in variants]
-    memory_rows = [
-        memory_row(engine, name, result)
-        for engine, variants in results.items()
-        for name, result in variants.items()
-        if "error" not in result
-    ]
-    return "\n".join(
-        [
-            "| engine | variant | step (quartiles), ms | x SFTTrainer | x SFT, full logits | sent / estimate, MB "
-            "| peak / estimate, MB |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            "Tensors of a process, measured / estimated, MB:",
-            "",
-            "| engine | variant | weights | gradients | optimizer | weak model | kept whole |",
-            "|---|---|---|---|---|---|---|",
-            *memory_rows,
-        ]
+    compared = ["x SFTTrainer", "x SFT, full logits", "sent / estimate, MB", "peak / estimate, MB"]
+    times = table(
+        ["engine", "variant", "step (quartiles), ms", *compared],
+        [row(engine, name, variants) for engine, variants in results.items() for name in variants],
     )
+    tensors = table(
+        ["engine", "variant", "weights", "gradients", "optimizer", "weak model", "kept whole"],
+        [
+            memory_row(engine, name, result)
+            for engine, variants in results.items()
+            for name, result in variants.items()
+            if "error" not in result
+        ],
+    )
+    return f"{times}\n\nTensors of a process, measured / estimated, MB:\n\n{tensors}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -593,7 +585,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `wait`, which ends the launch
     options = {name: value for name, value in vars(args).items() if name not in ("engines", "json")}
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    description = None
+    found = None
     for engine in args.engines:
         plan = Plan(engine=engine, **options)
         events, errors = measure(plan)
@@ -601,10 +593,13 @@ def main() -> None:
             name: {"error": errors[name]} if name in errors else summarise(plan, name, events)
             for name in plan.variants
         }
-        description = events[0][-1]["environment"] if events else description
-        raw = {"environment": description, "arguments": vars(args), "engines": results}
-        Path(args.json).write_text(json.dumps(raw, indent=1))
-    print(description, vars(args), tables(results), sep="\n\n")
+        found = events[0][-1]["environment"] if events else found
+        result = save(args, {}, engines=results, environment=found)
+    print(with_heading(result))
+    if failed := [
+        f"{name} ({engine})" for engine, variants in results.items() for name, x in variants.items() if "error" in x
+    ]:
+        sys.exit(f"Failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ are medians of the ratios within a round. Memory is the peak beyond inputs, weig
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measure import Measurement, environment, interleaved, markdown_table
+from measure import finish, interleaved, save
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -113,14 +112,9 @@ def main() -> None:
         "(e) TRL's distillation head": trl_divergence,
     }
     gradients = sum(x.numel() * x.element_size() for x in trained)
-    results: dict[str, Measurement] = interleaved(
-        {name: partial(step, loss) for name, loss in candidates.items()}, args.rounds, args.device, gradients
-    )
-    print(environment(args.device), f"{vars(args)}", sep="\n", end="\n\n")
-    print(markdown_table(results, baselines=("(a) TRL's fused SFT head", "(a2) SFT, full logits")))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args)} | {name: m.as_dict() for name, m in results.items()}, file, indent=1)
+    steps = {name: partial(step, loss) for name, loss in candidates.items()}
+    results = interleaved(steps, args.rounds, args.device, gradients, report=partial(save, args))
+    finish(save(args, results))
 
 
 if __name__ == "__main__":

@@ -12,24 +12,22 @@ best of several sizes; scoring takes the size that is best for the model.
 
 import argparse
 import contextlib
-import json
 import resource
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from measure import environment, quartiles
+from measure import finish, save, synchronize
+from results import Measurement
 from step import PRESETS, build_qwen3
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import draw_active_set, sampling_weights, score_entropy
 from wmss_trl.lm_head import add_head_access
-from wmss_trl.scoring import length_batches, supervised_token_counts
+from wmss_trl.scoring import length_batches
 
 
 def measure_draw(num_examples: int) -> None:
@@ -77,7 +75,7 @@ def main() -> None:
     dataset = Dataset.from_list(rows)
     lengths = np.array([len(row["input_ids"]) for row in rows])
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model = build_qwen3(args.preset, seed=0, max_length=args.max_length).to(args.device, dtype).eval()
+    model = build_qwen3(args.preset, 0, args.max_length, args.device).to(dtype).eval()
     collator = DataCollatorForLanguageModeling(pad_token_id=0)
 
     def collate(tokens_per_batch: int) -> list[dict[str, torch.Tensor]]:
@@ -94,16 +92,16 @@ def main() -> None:
         return run
 
     def seconds(run: Callable[[], object]) -> float:
-        synchronize = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
-        synchronize()
+        synchronize(args.device)
         start = time.perf_counter()
         run()
-        synchronize()
+        synchronize(args.device)
         return time.perf_counter() - start
 
     def best(module: torch.nn.Module) -> tuple[int, Callable[[], None]]:
         counts = (4, 8, 16, 32) if args.device.startswith("cuda") else (2, 4, 8)
         budgets = [args.max_length * count for count in counts]
+        forward(module, collate(budgets[0])[:1])()  # for warming up
         runs = {}
         for budget in budgets:
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -122,31 +120,17 @@ def main() -> None:
             model, dataset, collator, tokens_per_batch=budget, disable_tqdm=True
         ),
     }
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    batches = length_batches(lengths, tokens_per_batch=budget)
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    sizes = {"tokens": int(lengths.sum()), "padding": float(padded / lengths.sum() - 1)}
+    results = {name: Measurement([]) for name in candidates}
     for round_number in range(args.rounds + 1):
         for name, run in candidates.items():
             duration = seconds(run)
             if round_number:  # the first is for warming up
-                times[name].append(duration)
-
-    batches = length_batches(lengths, tokens_per_batch=budget)
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-    print(environment(args.device), f"{vars(args)}", sep="\n", end="\n\n")
-    print(
-        f"{lengths.sum():,} tokens, {supervised_token_counts(dataset).sum():,} of them supervised; padding adds "
-        f"{padded / lengths.sum() - 1:.1%}.\n"
-    )
-    names = list(candidates)
-    print("| candidate | tokens per second | throughput, x backbone | x model with logits |\n|---|---|---|---|")
-    for name in names:
-        ratios = []
-        for baseline in names[:2]:
-            pairs = zip(times[baseline], times[name], strict=True)
-            low, median, high = quartiles([theirs / ours for theirs, ours in pairs])
-            ratios.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
-        print(f"| {name} | {lengths.sum() / statistics.median(times[name]):.0f} | {' | '.join(ratios)} |")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), "seconds": times}, indent=1))
+                results[name].seconds.append(duration)
+        save(args, results, **sizes)
+    finish(save(args, results, **sizes))
 
 
 if __name__ == "__main__":

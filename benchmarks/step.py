@@ -16,18 +16,19 @@ tokens in place of that, as many as the others train on, so that only its traini
 """
 
 import argparse
-import json
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import datasets
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from measure import Measurement, PeakMemory, environment, markdown_table, synchronize
+from measure import PeakMemory, failure, finish, save, synchronize
+from results import Measurement
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
@@ -44,8 +45,8 @@ PRESETS = {
 }
 
 
-def build_qwen3(preset: str, seed: int, max_length: int) -> Qwen3ForCausalLM:
-    """A model with the shape of `preset` and random weights."""
+def build_qwen3(preset: str, seed: int, max_length: int, device: str | torch.device = "cpu") -> Qwen3ForCausalLM:
+    """A model with the shape of `preset` and random weights, drawn on `device`: large ones take a CPU long."""
     hidden, intermediate, layers, heads, kv_heads, head_dim, vocab_size, tied = PRESETS[preset]
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -59,7 +60,8 @@ def build_qwen3(preset: str, seed: int, max_length: int) -> Qwen3ForCausalLM:
         tie_word_embeddings=tied,
         max_position_embeddings=max_length,
     )
-    return Qwen3ForCausalLM(config)
+    with torch.device(device):
+        return Qwen3ForCausalLM(config)
 
 
 class FullLogitSFTTrainer(SFTTrainer):
@@ -83,43 +85,73 @@ class TakeTurns(TrainerCallback):
     """Holds a trainer back before each step until its turn comes, and times the step; of the second, the memory."""
 
     def __init__(self, device: str):
-        self.device, self.seconds, self.peak = device, [], PeakMemory(device)
+        self.device, self.peak, self.result = device, PeakMemory(device), Measurement([])
+        self.steps = 0
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def train(self, trainer: Trainer) -> None:
+        try:
+            trainer.train()
+        except Exception as error:
+            self.result.error = failure(error)
+        self.done.release()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.done.release()
         self.go.acquire()
-        if len(self.seconds) == 1:
+        self.steps += 1
+        if self.steps == 2:
             self.peak.__enter__()
         synchronize(self.device)
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self.start)
-        if len(self.seconds) == 2:
+        if self.steps == 2:
             self.peak.__exit__(None, None, None)
+            self.result.peak_bytes = self.peak.bytes
+        elif self.steps > 2:
+            self.result.seconds.append(time.perf_counter() - self.start)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.done.release()
 
+def take_turns(
+    candidates: dict[str, Callable[[], Trainer]],
+    rounds: int,
+    device: str,
+    report: Callable[[dict[str, Measurement]], Any] = lambda results: None,
+) -> dict[str, Measurement]:
+    """
+    Run `rounds` steps of every trainer, interleaved; two rounds before them are for warming up and for the memory. A
+    candidate that fails is left out of the following rounds.
 
-def take_turns(trainers: dict[str, Trainer], rounds: int, device: str) -> dict[str, Measurement]:
-    """Run `rounds` steps of every trainer, interleaved; the first two rounds are for warming up."""
-    turns = {name: TakeTurns(device) for name in trainers}
-    threads = []
-    for name, trainer in trainers.items():
-        trainer.add_callback(turns[name])
-        threads.append(threading.Thread(target=trainer.train, daemon=True))
-        threads[-1].start()
-        turns[name].done.acquire()
+    Args:
+        candidates (`dict[str, Callable[[], Trainer]]`):
+            Functions that build the trainers, by name. Each must run `rounds + 2` steps.
+        rounds (`int`):
+            Number of timed rounds.
+        device (`str`):
+            Where the trainers run.
+        report (`Callable`, *optional*):
+            Is handed the results after each round.
+    """
+    turns = {name: TakeTurns(device) for name in candidates}
+    results = {name: turn.result for name, turn in turns.items()}
+    for name, turn in turns.items():
+        try:
+            trainer = candidates[name]()
+        except Exception as error:
+            turn.result.error = failure(error)
+            continue
+        trainer.add_callback(turn)
+        threading.Thread(target=turn.train, args=[trainer], daemon=True).start()
+        turn.done.acquire()
     for _ in range(rounds + 2):
         for turn in turns.values():
-            turn.go.release()
-            turn.done.acquire()
-    for thread in threads:
-        thread.join()
-    return {name: Measurement(turn.seconds[2:], turn.peak.bytes) for name, turn in turns.items()}
+            if turn.result.error is None:
+                turn.go.release()
+                turn.done.acquire()
+        report(results)
+    return results
 
 
 def main() -> None:
@@ -146,7 +178,7 @@ def main() -> None:
     prompts = Dataset.from_dict({"prompt": ["a"] * len(ids)})
 
     def model(seed: int) -> Qwen3ForCausalLM:
-        return build_qwen3(args.preset, seed, args.tokens).to(getattr(torch, args.dtype))
+        return build_qwen3(args.preset, seed, args.tokens, args.device).to(getattr(torch, args.dtype))
 
     def make(cls: type[Trainer], config: type[SFTConfig], **options) -> Trainer:
         data = {"train_dataset": dataset}
@@ -163,7 +195,7 @@ def main() -> None:
             max_steps=steps,
             per_device_train_batch_size=args.batch_size,
             bf16=args.bf16,
-            activation_checkpointing=args.checkpointing,
+            gradient_checkpointing=args.checkpointing,
             use_cpu=args.device == "cpu",
             logging_steps=1,
             save_strategy="no",
@@ -189,12 +221,7 @@ def main() -> None:
     chosen = {
         name: build for name, build in candidates.items() if not args.only or name[1 : name.index(")")] in args.only
     }
-    results = take_turns({name: build() for name, build in chosen.items()}, args.rounds, args.device)
-    print(environment(args.device), f"{vars(args)}", sep="\n", end="\n\n")
-    print(markdown_table(results, baselines=[name for name in results if name.startswith("(a")]))
-    if args.json:
-        rows = {name: result.as_dict() for name, result in results.items()}
-        Path(args.json).write_text(json.dumps({"arguments": vars(args)} | rows, indent=1))
+    finish(save(args, take_turns(chosen, args.rounds, args.device, report=partial(save, args))))
 
 
 if __name__ == "__main__":

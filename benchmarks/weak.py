@@ -11,17 +11,16 @@ holds before its first step.
 """
 
 import argparse
-import json
 import tempfile
-from pathlib import Path
+from functools import partial
 
 import datasets
 import torch
 from datasets import Dataset
-from measure import earlier_adapter, environment, markdown_table
+from measure import earlier_adapter, finish, save
 from peft import LoraConfig
 from step import PRESETS, FullLogitSFTTrainer, build_qwen3, take_turns
-from transformers import Trainer
+from transformers import Qwen3ForCausalLM, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from wmss_trl import WMSSConfig, WMSSTrainer
@@ -48,7 +47,10 @@ def main() -> None:
     steps = args.rounds + 2
     ids = torch.randint(3, vocab_size, (steps * args.batch_size, args.tokens), generator=generator).tolist()
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    resident = {}
+    resident: dict[str, float] = {}
+
+    def model(seed: int) -> Qwen3ForCausalLM:
+        return build_qwen3(args.preset, seed, args.tokens, args.device)
 
     def make(name: str, cls: type[Trainer], weak_model: bool = False, **options) -> Trainer:
         is_wmss = issubclass(cls, WMSSTrainer)
@@ -60,7 +62,7 @@ def main() -> None:
             max_length=None,
             bf16=args.bf16,
             use_cpu=args.device == "cpu",
-            activation_checkpointing=args.checkpointing,
+            gradient_checkpointing=args.checkpointing,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -69,13 +71,13 @@ def main() -> None:
             **options,
         )
         peft_config = LoraConfig(r=16, target_modules="all-linear") if args.lora else None
-        weak = {"weak_model": build_qwen3(args.preset, 1, args.tokens)} if weak_model else {}
+        weak = {"weak_model": model(1)} if weak_model else {}
         if args.lora and options.get("train_weak"):
             adapter = LoraConfig(r=16, target_modules="all-linear")
-            weak = {"weak_model": earlier_adapter(build_qwen3(args.preset, 0, args.tokens), adapter)}
+            weak = {"weak_model": earlier_adapter(model(0), adapter)}
         before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
         trainer = cls(
-            build_qwen3(args.preset, 0, args.tokens),
+            model(0),
             arguments,
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -95,15 +97,11 @@ def main() -> None:
         "(c) WMSS, cached hidden states": (WMSSTrainer, {"weak_model": not args.lora, "weak_cache": "hidden"}),
         "(c) WMSS, joint": (WMSSTrainer, {"train_weak": True, "weak_model": not args.lora}),
     }
-    trainers = {name: make(name, cls, **options) for name, (cls, options) in candidates.items()}
-    results = take_turns(trainers, args.rounds, args.device)
-    print(environment(args.device), f"{vars(args)}", sep="\n", end="\n\n")
-    print(markdown_table(results, baselines=[name for name in results if name.startswith("(a")]))
+    builders = {name: partial(make, name, cls, **options) for name, (cls, options) in candidates.items()}
+    write = partial(save, args, resident_mb=resident)
+    finish(write(take_turns(builders, args.rounds, args.device, report=write)))
     if resident:
         print(f"\nResident before training, MB: {resident}")
-    if args.json:
-        rows = {name: result.as_dict() for name, result in results.items()}
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), "resident": resident} | rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
     gc.freeze()  # Trainers collect garbage after each run, which goes through all that was imported otherwise
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

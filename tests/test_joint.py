@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses
+from loss_cases import cross_entropy
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from test_losses import cross_entropy
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 

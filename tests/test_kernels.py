@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_losses import HEAD, check_confident_models, random_heads
+from loss_cases import HEAD, check_confident_models, random_heads
 
 from wmss_trl import tiles
 from wmss_trl.losses import linear_mixed_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.gpu if DEVICE == "cuda" else lambda test: test  # without one the interpreter runs them
 NAMES = ("loss", "strong_log_probs", "mixed_log_probs", "strong_entropy", "weak_entropy", "mixed_entropy")
 MOMENTS = ("strong_logit_mean", "weak_logit_mean", "strong_logit_norm", "weak_logit_norm")
 
@@ -24,6 +25,7 @@ def run(tensors, targets, wanted, **options):
     return output, grads
 
 
+@on_gpu
 @pytest.mark.parametrize("wanted", [(), ("strong_hidden", "strong_weight", "strong_bias"), "all"])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("anchor_weight", [0.0, 0.3])
@@ -52,6 +54,7 @@ def test_triton_equals_pytorch(monkeypatch, dtype, tolerance, head, anchor_weigh
         assert (grad - other).float().norm() <= tolerance * other.float().norm() + 1e-6, name
 
 
+@on_gpu
 def test_of_equal_logits_the_first_is_on_top(monkeypatch):
     monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     ones = torch.ones(2, 1, device=DEVICE)
@@ -61,6 +64,7 @@ def test_of_equal_logits_the_first_is_on_top(monkeypatch):
     assert output.is_top1.tolist() == [True, False]
 
 
+@on_gpu
 def test_of_equal_logits_in_different_blocks_the_first_is_on_top(monkeypatch):
     monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     weight = torch.ones(2500, 1, device=DEVICE)
@@ -70,6 +74,7 @@ def test_of_equal_logits_in_different_blocks_the_first_is_on_top(monkeypatch):
     assert output.is_top1.tolist() == [True, False, False]
 
 
+@on_gpu
 def test_triton_is_exact_for_confident_models(monkeypatch):
     monkeypatch.setattr(tiles, "_use_triton", lambda device, dtype: True)
     check_confident_models(DEVICE)

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import HEAD, check_confident_models, cross_entropy, random_heads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmss_trl import tiles
@@ -14,15 +15,6 @@ from wmss_trl.losses import (
     next_token_targets,
     token_entropy,
 )
-
-
-def cross_entropy(logits, targets, loss_type="nll"):
-    """The mean over valid targets, in DFT (arXiv 2508.05629) weighted by the detached probabilities of these."""
-    if loss_type == "nll":
-        return F.cross_entropy(logits, targets)
-    valid = targets != -100
-    log_probs = torch.distributions.Categorical(logits=logits[valid]).log_prob(targets[valid])
-    return -(log_probs.detach().exp() * log_probs).mean()
 
 
 def full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight=0.0, loss_type="nll"):
@@ -219,30 +211,9 @@ def test_theorem_1_easier_weak_margins_lower_the_target_probability(seed, mixing
 # The fused form
 
 
-HEAD = {"strong_scale": 0.7, "weak_scale": 1.3, "strong_softcap": 5.0, "weak_softcap": 8.0}
-
-
 def buffer_for(tile_rows, vocab_size=37, dtype=torch.float32):
     """Bytes that make tiles of `tile_rows` rows: two of them, and two blocks for scratch."""
     return 2 * (tile_rows + tiles._BLOCK_ROWS) * vocab_size * dtype.itemsize
-
-
-def random_heads(num_tokens=13, vocab_size=37, dtype=torch.float32, bias=True, seed=0, scale=1.0):
-    """Hidden states and heads of a strong model of width 8 and a weak one of width 5."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
-
-    tensors = {}
-    for name, width in (("strong", 8), ("weak", 5)):
-        tensors[f"{name}_hidden"] = draw(num_tokens, width)
-        tensors[f"{name}_weight"] = draw(vocab_size, width)
-        if bias:
-            tensors[f"{name}_bias"] = draw(vocab_size)
-    targets = torch.randint(vocab_size, (num_tokens,), generator=generator)
-    targets[::4] = -100
-    return tensors, targets
 
 
 def logits_of(tensors, name, scale=1.0, softcap=None, dtype=torch.float64):
@@ -482,26 +453,6 @@ def test_fused_loss_needs_no_more_memory_than_its_buffer(dtype, num_tokens, anch
     # A weight's gradient is accumulated in float32
     gradients = sum((4 if "weight" in name else x.itemsize) * x.numel() for name, x in tensors.items())
     assert gradients + 0.5 * buffer_bytes < peak <= gradients + 1.1 * buffer_bytes
-
-
-def check_confident_models(device):
-    """Entropies and log-probabilities below the rounding of the logits are right, to the rounding of a probability."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 64, 300, generator=generator)
-    logits[:, :, 0] += torch.linspace(5, 30, 64) + 100  # with an offset, which changes nothing
-    identity = torch.eye(300, device=device)  # makes the products exact
-    targets = torch.zeros(64, dtype=torch.long)
-    strong, weak = logits.to(device)
-    output = linear_mixed_cross_entropy(strong, identity, weak, identity, targets.to(device), 0.25)
-    exact = {"strong": logits[0].double(), "weak": logits[1].double()}
-    exact["mixed"] = 0.25 * exact["strong"] + 0.75 * exact["weak"]
-    for name, z in exact.items():
-        entropy = torch.distributions.Categorical(logits=z).entropy()
-        torch.testing.assert_close(getattr(output, f"{name}_entropy").double().cpu(), entropy, rtol=1e-4, atol=2e-7)
-    for name in ("strong", "mixed"):
-        log_probs = exact[name].log_softmax(-1)[:, 0]
-        ours = getattr(output, f"{name}_log_probs").double().cpu()
-        torch.testing.assert_close(ours, log_probs, rtol=1e-4, atol=2e-7)
 
 
 def test_fused_loss_is_exact_for_confident_models():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import StopAt, losses, sums
 from datasets import Dataset
+from loss_cases import cross_entropy
 from peft import LoraConfig
 from safetensors.torch import load_file
-from test_losses import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
