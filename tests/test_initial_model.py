@@ -201,6 +201,7 @@ def trained_adapter(base, option, folder=None):
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:The adapter cannot be kept beside itself")
 @pytest.mark.parametrize("option", ["trainable tokens", "pissa", *COPIED])
 def test_trained_adapter_that_is_handed_in_is_kept(make_trainer, base, option):
     skip_what_peft_cannot_do(option)

@@ -161,6 +161,7 @@ def make_format_1(state):
     del state["run"]["anchor_weight"]
 
 
+@pytest.mark.filterwarnings("ignore:.*written by an earlier version of wmss_trl")
 def test_a_state_of_format_1_goes_on_with_one_warning(make_trainer, saved_run):
     whole, folder = saved_run()
     for step in (5, 15):
@@ -264,6 +265,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_others_are_named(make_trai
         make_trainer().train(resume_from_checkpoint=True)
 
 
+@pytest.mark.filterwarnings("ignore:The weak model is more certain than the strong one")
 def test_scores_that_an_earlier_run_left_in_the_folder_are_not_taken_up(make_trainer, make_model):
     """A weak model of its own is not scored in phase 1, so that this checkpoint has no scores."""
     weak = make_model(seed=3)

@@ -357,6 +357,7 @@ def test_adapter_of_another_method_is_refused(make_trainer, base, tmp_path):
         make_trainer(base, METHODS["lora"], weak_model=str(tmp_path / "earlier"))
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_adapter_on_the_lm_head_is_refused(make_trainer, base, tmp_path):
     trained_adapter(base, LoraConfig(r=4, target_modules=["q_proj", "lm_head"]), tmp_path / "earlier")
     with pytest.raises(ValueError, match=r"weak_model=.* has an adapter on the LM head.*merge it into its base"):

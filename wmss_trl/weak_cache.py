@@ -187,6 +187,8 @@ class HiddenCache:
             with self._disk_errors_explained():
                 self._file.flush()
                 os.fsync(self._file.fileno())
+                self._file.close()
+            self._file = None
             with self.marks_path.open("r+b") as file:
                 for index, mark in self._written.items():
                     file.seek(_MARK.itemsize * index)
