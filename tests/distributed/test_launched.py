@@ -49,8 +49,9 @@ OTHERS = {
     # Scored in 5 batches by 2 processes: the last one is for one of them
     "few": {"num_examples": 9, "active_fraction": 1.0, "scoring_batch_size": 2},
 }
-# Where an engine has something to go wrong that another has not
-KINDS = dict.fromkeys(ENGINES, MATRIX | OTHERS)
+# Where an engine has something to go wrong that another has not. What else DDP does is in tests/pairwise.
+WHOLE = {"frozen": MATRIX["frozen"], "joint": MATRIX["joint"], "few": OTHERS["few"]}
+KINDS = {"ddp": WHOLE, "fsdp2": MATRIX | OTHERS, "zero2": WHOLE, "zero3": MATRIX | OTHERS}
 KINDS["ddp"] = KINDS["ddp"] | {
     "joint-full-logits": JOINT | {"full_logits": True},
     "joint-lora-full-logits": JOINT | {"lora": True, "learning_rate": 0.01, "full_logits": True},
@@ -71,7 +72,6 @@ KINDS["zero3"] = KINDS["zero3"] | {
     "split-at-loading": {"model": "model"},
     "full-logits": {"own_weak_model": True, "full_logits": True},
 }
-KINDS["zero2"] = MATRIX | {name: OTHERS[name] for name in ("joint-lora", "rounds", "cached")}
 CASES = [(engine, kind) for engine in ENGINES for kind in KINDS[engine]]
 # A step of phase 1, and one in the middle of the last epoch
 RESUMED = dict.fromkeys((*MATRIX, "joint-lora", "sharded-files"), (3, 12)) | {"rounds": (12, 18), "cached": (6,)}
@@ -198,7 +198,7 @@ def test_a_run_stopped_and_resumed_in_new_processes_ends_the_same(folder, whole_
             checkpoint = folder / engine / kind / f"checkpoint-{step}"
             resumptions.append({"resume": str(checkpoint), **options_of(folder, engine, kind)})
             expected.append(results)
-    assert len(expected) >= 11
+    assert len(expected) >= 4
     common = {"save_strategy": "no", "output_dir": str(folder / engine / "resumed")}
     resumed = launch(folder, engine, [common | run for run in resumptions])
     for resumption, ranks, whole_ranks in zip(resumptions, resumed, expected, strict=True):
