@@ -239,9 +239,6 @@ class WMSSTrainer(SFTTrainer):
         self._full_logits = any(problems.values())
         check_lm_heads(args, problems, train_dataset, self.accelerator)
         if args.curriculum:
-            this = weakref.proxy(
-                self
-            )  # In a reference cycle, workers of data loaders outlive the run and are waited for
             self._activation = DataActivation(
                 args,
                 strong,
