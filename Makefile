@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(VENV)/bin/python -m pytest
 ANYWHERE := not slow and not gpu and not multi_gpu
 
-.PHONY: demo test test-ci test-all gpu lint format
+.PHONY: demo test test-ci test-all gpu versions lint format
 
 # The environment is rebuilt only when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ test-all: $(INSTALLED) lint
 # dependencies of this package.
 gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)
+
+# The core suite in fresh environments at both ends of the supported versions; TORCH=... picks another PyTorch.
+versions: $(INSTALLED)
+	$(VENV)/bin/nox
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -148,7 +148,7 @@ class Plan:
             lora=LORA_RANK if variant.lora else None,
             tokens=self.batch_size * self.tokens,
             length=self.tokens,
-            activation_checkpointing=self.checkpointing,
+            gradient_checkpointing=self.checkpointing,
             dtype=self.dtype,
             bf16=self.device == "cuda",
         )

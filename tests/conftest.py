@@ -91,7 +91,7 @@ def make_args(tmp_path):
                 **({"plot_curriculum": False} if cls is WMSSConfig else {}),
                 "output_dir": str(tmp_path / "run"),
                 "bf16": False,
-                "activation_checkpointing": False,
+                "gradient_checkpointing": False,
                 "use_cpu": True,
                 "learning_rate": 3e-3,
                 "per_device_train_batch_size": 4,

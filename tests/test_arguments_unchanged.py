@@ -45,7 +45,7 @@ def test_two_trainers_from_one_config_have_the_same_weak_model(checkpoints, make
 @pytest.mark.parametrize("cls", [WMSSConfig, SFTConfig])
 @pytest.mark.parametrize("train_weak", [False, True])
 def test_arguments_are_unchanged_by_a_run(checkpoints, make_args, dataset, tokenizer, cls, train_weak):
-    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     options |= {"model_init_kwargs": {"dtype": "float32"}, "lr_scheduler_kwargs": {}}
     if cls is WMSSConfig:
         options |= {"weak_model_name_or_path": str(checkpoints / "run/checkpoint-3"), "train_weak": train_weak}

@@ -2,18 +2,24 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
+import os
 import pkgutil
+import subprocess
+import sys
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from transformers import Trainer
 from trl import SFTTrainer
 
 import wmss_trl
 from wmss_trl import WMSSTrainer, compatibility
-from wmss_trl.compatibility import CHECKED_WITH, TABLE, changes, warn_of_changes
+from wmss_trl.compatibility import CHECKED_WITH, TABLE, changes, check_versions, warn_of_changes
 
 ROOT = Path(wmss_trl.__file__).parent
 
@@ -31,7 +37,7 @@ def listed_names():
 
 def test_the_table_is_right_for_the_installed_versions(all_imported):
     assert changes() == []
-    assert {entry.name.split(".")[0] for entry in TABLE} == set(CHECKED_WITH)
+    assert {entry.name.split(".")[0] for entry in TABLE} == set(CHECKED_WITH) - {"datasets"}
     assert len({entry.name for entry in TABLE}) == len(TABLE)
     for entry in TABLE:
         names = [entry.name.split(".")[-1].split(":")[-1], *entry.mentions.split()]
@@ -73,7 +79,7 @@ def test_a_change_gives_one_warning_at_import_that_names_it(monkeypatch, cls, na
     (message,) = [str(warning.message) for warning in record if "private parts" in str(warning.message)]
     package = "transformers" if cls is Trainer else "trl"
     assert f"{cls.__module__}.{cls.__name__}.{name}` (for trainer) {change}" in message
-    assert f"checked: {package} {CHECKED_WITH[package]}" in message
+    assert f"checked: {package} {CHECKED_WITH[package][0]}" in message
     assert message.count("(for ") == 1
 
 
@@ -95,6 +101,72 @@ def test_nothing_is_imported_and_nothing_is_said_when_all_is_well(monkeypatch, a
     left = {entry.name.split(".")[0] for entry in compatibility._not_yet_checked}
     assert left == {"deepspeed", "bitsandbytes"}
     assert not left & set(compatibility.sys.modules)
+
+
+# Versions
+
+
+def pretend(path, package, version):
+    """Metadata of another version, where it is found before that of the installed one."""
+    folder = path / f"{package}-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(("package", "version"), [("transformers", "5.16.0"), ("trl", "0.29.1"), ("peft", "0.1.0")])
+def test_an_older_version_is_an_error_at_import(tmp_path, package, version):
+    pretend(tmp_path, package, version)
+    path = os.pathsep.join([str(tmp_path), str(ROOT.parent)])
+    result = subprocess.run(
+        [sys.executable, "-c", "import wmss_trl"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    lowest = CHECKED_WITH[package][0]
+    assert f"ImportError: wmss_trl needs {package} {lowest} or later, but {package} {version} is" in result.stderr
+    assert f"pip install --upgrade '{package}>={lowest}'" in result.stderr
+    assert "site-packages" not in result.stderr  # nothing else has been imported
+
+
+def test_newer_versions_give_one_warning_at_import(monkeypatch, tmp_path):
+    pretend(tmp_path, "transformers", "5.99.0")
+    pretend(tmp_path, "torch", "3.0.0+cu150")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="not checked with") as record:
+        importlib.reload(wmss_trl)
+    (message,) = [str(warning.message) for warning in record if "not checked with" in str(warning.message)]
+    assert f"transformers 5.99.0 (checked: {' to '.join(CHECKED_WITH['transformers'])}), torch 3.0.0+cu150" in message
+
+
+@pytest.mark.parametrize("package", ["transformers", "trl", "accelerate", "datasets", "peft", "torch"])
+def test_checked_versions_and_their_patch_releases_give_none(monkeypatch, tmp_path, package):
+    lowest, highest = CHECKED_WITH[package]
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, version in enumerate((lowest, highest, f"{highest}.99", f"{highest}.1+cu130")):
+        path = tmp_path / str(number)
+        path.mkdir()
+        pretend(path, package, version)
+        monkeypatch.syspath_prepend(path)
+        assert importlib.metadata.version(package) == version
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            check_versions()
+        assert not [warning for warning in record if f"{package} " in str(warning.message)]
+
+
+def test_the_requirements_are_what_was_checked():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for names in project["optional-dependencies"].values() for name in names),
+    ]
+    floors = {
+        requirement.name: next((s.version for s in requirement.specifier if s.operator == ">="), None)
+        for requirement in map(Requirement, wanted)
+    }
+    checked = ("transformers", "trl", "accelerate", "datasets", "peft", "torch")
+    assert {name: floors[name] for name in checked} == {name: CHECKED_WITH[name][0] for name in checked}
 
 
 # Completeness

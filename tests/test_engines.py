@@ -58,11 +58,11 @@ def parallel(**sizes):
         ),
         (fsdp(auto_wrap_policy="NO_WRAP"), {"train_weak": True}, False, "TRANSFORMER_BASED_WRAP"),
         (fsdp(), {"train_weak": True, "torch_compile": True}, False, "Set it to False"),
-        (fsdp(activation_checkpointing=True), {"train_weak": True}, True, "`activation_checkpointing=True`"),
+        (fsdp(activation_checkpointing=True), {"train_weak": True}, True, "_checkpointing=True`"),
         (fsdp(state_dict_type="SHARDED_STATE_DICT"), {"train_weak": True}, True, "Set it to FULL_STATE_DICT"),
         (
             deepspeed(3),
-            {"train_weak": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            {"train_weak": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             True,
             "Set it to False",
         ),
@@ -131,7 +131,7 @@ def test_whole_models_on_each_process_are_refused_under_an_engine(
             {"model.embed_tokens": 0, "model.layers": 1, "lm_head": 1},
             r"`{}` is split over the devices 0, 1 .*accelerate launch.*CUDA_VISIBLE_DEVICES=0",
         ),
-        ("_is_distributed_loading_by_transformers", True, r"`{}` was split .*`distributed_config`.*fsdp2\.yaml"),
+        ("_device_mesh", object(), r"`{}` was split .*`distributed_config`.*fsdp2\.yaml"),
     ],
 )
 def test_a_model_that_was_split_when_it_was_loaded_is_refused(

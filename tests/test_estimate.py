@@ -195,7 +195,7 @@ def test_total_is_the_peak_of_a_step_with_accumulation(dtype, bf16, checkpointin
     strong, weak = (AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)) for _ in range(2))
     weak.requires_grad_(False).eval()
     if checkpointing:
-        strong.train().activation_checkpointing_enable({"use_reentrant": False})
+        strong.train().gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(strong.parameters(), fused=True)
     ids = torch.arange(tokens).view(1, -1) % 96
 

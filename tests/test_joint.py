@@ -95,7 +95,7 @@ def test_full_models_equal_a_plain_loop(make_trainer, make_model, anchor_weight,
         loss_type=loss_type,
         curriculum=False,
         train_sampling_strategy="sequential",
-        activation_checkpointing=activation_checkpointing,
+        gradient_checkpointing=activation_checkpointing,
     )
     trainer.train()
     steps = trainer.state.global_step
@@ -134,7 +134,7 @@ def test_two_adapters_on_one_base_equal_a_plain_loop(
         mixing_lambda=0.4,
         curriculum=False,
         train_sampling_strategy="sequential",
-        activation_checkpointing=activation_checkpointing,
+        gradient_checkpointing=activation_checkpointing,
     )
     assert isinstance(trainer.weak_reference, TrainedAdapter)
     trainer.train()

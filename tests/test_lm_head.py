@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from trl import SFTTrainer
 
 from wmss_trl import WMSSTrainer
@@ -200,6 +201,8 @@ MIXTURE_SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Before transformers 5.18 the loss of these is 0, and Doge does not run
+RIGHT_SINCE_5_18 = ("Dbrx", "Doge", "GraniteMoe")
 FULL_ATTENTION = {"layer_types": ["full_attention"] * 2}
 # The causal language models of transformers 5.23 with router losses, and what their tiny forms need; without Flint,
 # GLM 5 and Qwen 4, which share Mixtral's function with most of these
@@ -260,9 +263,11 @@ def build_mixture(architecture):
 
 @pytest.mark.parametrize("architecture", MIXTURES)
 def test_router_loss_is_the_models_own(architecture):
+    if Version(transformers.__version__) < Version("5.18") and architecture.startswith(RIGHT_SINCE_5_18):
+        pytest.skip("has no router loss in this version of transformers")
     model = build_mixture(architecture)
     inputs = {"input_ids": torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))}
-    if architecture != "DogeForCausalLM":  # whose own function cannot take a mask in transformers 5.23
+    if architecture != "DogeForCausalLM":  # whose own function cannot take a mask
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, 5:] = 0
     with torch.no_grad():

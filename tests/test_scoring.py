@@ -191,7 +191,7 @@ def test_training_with_scoring_passes_equals_training_without(
     runs = []
     for callbacks in ([], [ScoreEveryStep(tokenized(), collator)]):
         args = make_args(
-            num_train_epochs=1, curriculum=False, sft_epochs=0, activation_checkpointing=activation_checkpointing
+            num_train_epochs=1, curriculum=False, sft_epochs=0, gradient_checkpointing=activation_checkpointing
         )
         model = make_model(dropout=0.3)
         trainer = WMSSTrainer(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from trl import SFTConfig, SFTTrainer
 
 from wmss_trl import WMSSConfig, WMSSTrainer
+from wmss_trl.compatibility import checkpointing_option
 from wmss_trl.data.tiny import build_tokenizer
 
 
@@ -595,18 +596,19 @@ def test_adapter_folder_is_a_weak_model_with_its_base(make_trainer, make_model, 
         assert not torch.allclose(weak(inputs).logits, make_model().eval()(inputs).logits)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_activation_checkpointing_changes_nothing(make_trainer, lora):
+@pytest.mark.parametrize(("lora", "option"), [(False, checkpointing_option()), (True, "gradient_checkpointing")])
+def test_activation_checkpointing_changes_nothing(make_trainer, lora, option):
     from peft import LoraConfig
 
     runs = []
     for checkpointing in (False, True):
         trainer = make_trainer(
             peft_config=LoraConfig(r=4, lora_dropout=0.1) if lora else None,
-            activation_checkpointing=checkpointing,
             num_train_epochs=2,
+            **{option: checkpointing},
         )
         trainer.train()
+        assert trainer.model.is_gradient_checkpointing == checkpointing
         runs.append(losses(trainer))
     np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
 
@@ -696,7 +698,7 @@ def test_data_loader_workers_follow_the_curriculum(make_trainer, make_model):
         {"weak_cache": "hidden"},
         {"lambda_schedule": "crossover"},
         {"peft_config": LoraConfig(r=4)},
-        {"peft_config": LoraConfig(r=4), "train_weak": True, "activation_checkpointing": True},
+        {"peft_config": LoraConfig(r=4), "train_weak": True, "gradient_checkpointing": True},
     ],
 )
 def test_a_trainer_is_freed_without_the_garbage_collector(make_trainer, options):

@@ -141,7 +141,7 @@ def check_whole(model: nn.Module, name: str, init_kwargs: str) -> None:
             "one GPU cannot hold) or set `CUDA_VISIBLE_DEVICES=0`, and load it without a `device_map` (None in "
             f"`{init_kwargs}`)."
         )
-    if getattr(model, "is_distributed_loading_by_transformers", False):
+    if getattr(model, "_device_mesh", None) is not None:
         raise ValueError(
             f"`{name}` was split over the processes when transformers loaded it (`distributed_config`, `tp_plan` or "
             "`tp_size`), but the loss and the scores take it for a whole model and would be wrong. Remove that from "

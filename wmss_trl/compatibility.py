@@ -11,19 +11,26 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
 from typing import Any
 
-# The versions that the table was checked against
+from packaging.version import Version
+
+# The lowest and the highest release of each library that the test suite was run with
 CHECKED_WITH = {
-    "transformers": "5.23",
-    "trl": "1.16",
-    "accelerate": "1.15",
-    "peft": "0.21",
-    "bitsandbytes": "0.50",
-    "deepspeed": "0.19",
-    "torch": "2.13",
+    "transformers": ("5.16.1", "5.24"),
+    "trl": ("1.16", "1.16"),
+    "accelerate": ("1.14", "1.15"),
+    "datasets": ("4.7", "5.2"),
+    "peft": ("0.21", "0.21"),
+    "torch": ("2.11", "2.13"),
+    "bitsandbytes": ("0.50", "0.50"),
+    "deepspeed": ("0.19", "0.19"),
 }
+
+# Those that no run can do without, and PEFT, which TRL imports wherever it is installed
+_ALWAYS_IMPORTED = ("transformers", "trl", "accelerate", "datasets", "peft", "torch")
 
 
 @dataclass(frozen=True)
@@ -195,7 +202,8 @@ TABLE = (
     ),
     Reliance("torch._dynamo.eval_frame:OptimizedModule", "sharding", mentions="_orig_mod"),
     Reliance("accelerate.big_modeling:dispatch_model", "checks", mentions="hf_device_map"),
-    Reliance("transformers.modeling_utils:PreTrainedModel.is_distributed_loading_by_transformers", "checks"),
+    Reliance("transformers.modeling_utils:PreTrainedModel._device_mesh", "checks"),
+    Reliance("transformers.modeling_utils:PreTrainedModel.maybe_distribute_model", "checks", mentions="_device_mesh"),
     Reliance("trl.models.utils:prepare_deepspeed", "engines", "model accelerator"),
     Reliance(f"{_ZERO}.partition_parameters:ZeroParamStatus.AVAILABLE", "sharding"),
     Reliance(
@@ -209,6 +217,44 @@ TABLE = (
 )
 
 _not_yet_checked = list(TABLE)
+
+
+def check_versions() -> None:
+    """
+    Check the versions that are installed, before anything of them is imported.
+
+    Raises:
+        ImportError: If one is older than what the test suite was run with. A newer one gives a warning.
+    """
+    newer = []
+    for package in _ALWAYS_IMPORTED:
+        try:
+            installed = Version(version(package))
+        except PackageNotFoundError:
+            continue
+        lowest, highest = map(Version, CHECKED_WITH[package])
+        if installed < lowest:
+            raise ImportError(
+                f"wmss_trl needs {package} {lowest} or later, but {package} {installed} is installed. "
+                f"Run `pip install --upgrade '{package}>={lowest}'`."
+            )
+        if installed.release[: len(highest.release)] > highest.release:
+            newer.append(f"{package} {installed} (checked: {_checked(package)})")
+    if newer:
+        warnings.warn(
+            f"wmss_trl was not checked with {', '.join(newer)}. It builds on private parts of these libraries, so "
+            "results may be wrong: install a version that was checked.",
+            stacklevel=2,
+        )
+
+
+def checkpointing_option() -> str:
+    """What the installed transformers calls the training argument for activation checkpointing. Its older name,
+    `gradient_checkpointing`, can be read under all versions: newer ones keep it as an alias until version 6."""
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing"
+    return new if hasattr(TrainingArguments, new) else "gradient_checkpointing"
 
 
 def warn_of_changes() -> None:
@@ -236,8 +282,12 @@ def changes(entries: Sequence[Reliance] = TABLE) -> list[str]:
 def versions(*packages: str) -> str:
     """The versions of imported packages and those that were checked, for a message."""
     installed = ", ".join(f"{name} {getattr(sys.modules[name], '__version__', 'unknown')}" for name in packages)
-    checked = ", ".join(f"{name} {CHECKED_WITH[name]}" for name in packages)
+    checked = ", ".join(f"{name} {_checked(name)}" for name in packages)
     return f"installed: {installed}; checked: {checked}"
+
+
+def _checked(package: str) -> str:
+    return " to ".join(dict.fromkeys(CHECKED_WITH[package]))
 
 
 def _change(entry: Reliance) -> str | None:

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import TrainerCallback
 
+from .compatibility import checkpointing_option
+
 if TYPE_CHECKING:
     from .config import WMSSConfig
 
@@ -102,10 +104,10 @@ def check_engine(args: "WMSSConfig", accelerator: Accelerator, has_adapter: bool
                 "`train_weak=True` starts the weak model's optimizer states after phase 1, which the optimizer of the "
                 "DeepSpeed configuration cannot do. Remove `optimizer` there and set `optim`, or set `sft_epochs=0`."
             )
-    if args.train_weak and has_adapter and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+    if args.train_weak and has_adapter and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
             "`train_weak=True` recomputes a layer with the adapter that ran it, which "
-            "`activation_checkpointing_kwargs={'use_reentrant': True}` cannot do. Set it to False."
+            f"`{checkpointing_option()}_kwargs={{'use_reentrant': True}}` cannot do. Set it to False."
         )
     if engine == "fsdp2" and args.train_weak:
         plugin = accelerator.state.fsdp_plugin
@@ -123,7 +125,7 @@ def check_engine(args: "WMSSConfig", accelerator: Accelerator, has_adapter: bool
             raise ValueError(
                 "`train_weak=True` recomputes a layer with the adapter that ran it, which "
                 "`fsdp_activation_checkpointing: true` cannot do. Set it to false and the argument "
-                "`activation_checkpointing=True`."
+                f"`{checkpointing_option()}=True`."
             )
         if plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT and has_adapter:
             raise ValueError(

@@ -26,7 +26,7 @@ ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 JOINT = {"train_weak": True, "mixing_lambda": 0.4, "weight_decay": 0.1}
 MATRIX = {"frozen": {}, "lora": {"lora": True, "learning_rate": 0.01}, "joint": JOINT}
 OTHERS = {
-    "joint-lora": JOINT | {"lora": True, "learning_rate": 0.01, "activation_checkpointing": True},
+    "joint-lora": JOINT | {"lora": True, "learning_rate": 0.01, "gradient_checkpointing": True},
     "rounds": {"weak_refresh": "epoch", "num_train_epochs": 3},
     "cached": {"weak_cache": "hidden", "gradient_accumulation_steps": 2},
     "other-model": {

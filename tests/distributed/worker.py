@@ -23,6 +23,11 @@ from wmss_trl.data.tiny import build_model, build_tokenizer
 from wmss_trl.engines import engine_name
 from wmss_trl.sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole
 
+# Under DDP on a CPU, transformers before 5.18 restores the optimizer to "cpu:0", which PyTorch does not know
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 head_problem = wmss_trl.lm_head._head_problem
 
 # What the model is wrapped in: FSDP on a CPU is silently plain DDP, and DDP no wrapper at all, where something is off
@@ -71,7 +76,7 @@ def make_trainer(
         **{
             "use_cpu": True,
             "bf16": False,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "num_train_epochs": 2,
             "learning_rate": 0.001,
             "lr_scheduler_type": "constant",

@@ -26,6 +26,11 @@ from world import World, copy_of, make_collator, make_dataset
 import wmss_trl.lm_head
 from wmss_trl import WMSSConfig, WMSSTrainer
 
+# Under DDP on a CPU, transformers before 5.18 restores the optimizer to "cpu:0", which PyTorch does not know
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 PROBE = torch.tensor([[5, 60, 7, 80, 9, 10, 100, 12]])
 
 

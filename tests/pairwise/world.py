@@ -271,7 +271,7 @@ class World:
             "per_device_train_batch_size": GLOBAL_BATCH // processes // accumulation,
             "per_device_eval_batch_size": 8,
             "gradient_accumulation_steps": accumulation,
-            "activation_checkpointing": row["checkpointing"] == "yes",
+            "gradient_checkpointing": row["checkpointing"] == "yes",
             "num_train_epochs": self.sft_epochs + 2,
             "sft_epochs": self.sft_epochs,
             "learning_rate": learning_rate(row),
