@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from trl.kernels import chunked_logprob
 
-from wmss_trl import kernels
+from wmss_trl.losses import triton_tiles as kernels
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _WARPS = 4

@@ -9,7 +9,7 @@ Each engine is one `accelerate launch` with its recipe, in which real trainers r
 memory, in rounds of rotating order. Times are medians over the rounds of the median step (of the slowest process),
 ratios are taken within a round. Bytes of weights, gradients and optimizer states are those of the tensors that a
 process holds before an optimizer step, and bytes sent are counted from the collectives of a step; both stand beside
-`wmss_trl.estimate`. The peak (CUDA only) is all that PyTorch has allocated during the timed steps.
+`wmss_trl.estimate.costs`. The peak (CUDA only) is all that PyTorch has allocated during the timed steps.
 
 A variant that fails is reported with its error, and the others are launched again without it.
 """
@@ -50,11 +50,11 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from wmss_trl import WMSSConfig, WMSSTrainer
-from wmss_trl.adapters import WEAK_ADAPTER
 from wmss_trl.data.tiny import build_tokenizer
-from wmss_trl.engines import engine_name
+from wmss_trl.distributed.engines import engine_name
+from wmss_trl.distributed.sharding import in_zero3, is_sharded, local_part, parameters_at_rest
 from wmss_trl.estimate import ENGINES, Memory, ModelSize, Setup, communication, memory
-from wmss_trl.sharding import in_zero3, is_sharded, local_part, parameters_at_rest
+from wmss_trl.modeling.adapters import WEAK_ADAPTER
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate"
 PARTS = ("weights", "gradients", "optimizer", "weak_model")
@@ -71,7 +71,7 @@ class Variant:
         label (`str`):
             Name in the tables.
         weak (`str`, *optional*, defaults to `"none"`):
-            Its weak reference in the words of [`wmss_trl.estimate.Setup`].
+            Its weak reference in the words of [`wmss_trl.estimate.memory.Setup`].
         options (`dict`, *optional*):
             Options of `WMSSConfig`; `None` is TRL's SFTTrainer.
         own_weak_model (`bool`, *optional*, defaults to `False`):

@@ -26,8 +26,8 @@ from step import PRESETS, build_qwen3
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import draw_active_set, sampling_weights, score_entropy
-from wmss_trl.lm_head import add_head_access
-from wmss_trl.scoring import length_batches
+from wmss_trl.modeling.lm_head import add_head_access
+from wmss_trl.scoring.dataset import length_batches
 
 
 def measure_draw(num_examples: int) -> None:

@@ -51,9 +51,9 @@ from wmss_trl.config import convert_arguments
 from wmss_trl.data.arithmetic import arithmetic_dataset, generate_problems
 from wmss_trl.data.math import load_math_dataset, prompts_and_answers, to_prompt_completion
 from wmss_trl.data.tiny import build_model, build_tokenizer
+from wmss_trl.distributed.sharding import is_sharded
 from wmss_trl.evaluation.generation import greedy_generate
 from wmss_trl.evaluation.math_answers import accuracy, extract_answer, is_correct
-from wmss_trl.sharding import is_sharded
 
 EMBEDDED_DEFAULT = Path(__file__).parents[1] / "recipes" / "tiny" / "arithmetic.yaml"
 

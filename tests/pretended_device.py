@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-import wmss_trl.lm_head
+import wmss_trl.modeling.lm_head
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
 
@@ -145,7 +145,9 @@ def train(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if full_logits:
-            stack.enter_context(mock.patch.object(wmss_trl.lm_head, "_head_problem", return_value="of the test"))
+            stack.enter_context(
+                mock.patch.object(wmss_trl.modeling.lm_head, "_head_problem", return_value="of the test")
+            )
         weak_model = model(weak_width) if weak_width else None
         if ranked:
             for seed in range(2):

@@ -10,8 +10,9 @@ from conftest import sums
 from datasets import Dataset
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.cli import load_examples, main
-from wmss_trl.score_files import ScoreTable
+from wmss_trl.cli.main import main
+from wmss_trl.cli.score import load_examples
+from wmss_trl.scoring.table import ScoreTable
 
 OPTIONS = ["--bf16", "false", "--use_cpu", "true", "--disable_tqdm", "true", "--max_length", "64"]
 

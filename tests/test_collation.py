@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import WMSSTrainer, score_entropy
-from wmss_trl.collation import collated_sample
+from wmss_trl.scoring.collation import collated_sample
 
 
 class MaskingCollator(DataCollatorForLanguageModeling):

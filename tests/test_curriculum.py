@@ -5,7 +5,8 @@ import pytest
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
-from wmss_trl.curriculum import CurriculumSampler, draw_active_set, sampling_weights, weight_terms
+from wmss_trl.curriculum import CurriculumSampler
+from wmss_trl.curriculum.weights import draw_active_set, sampling_weights, weight_terms
 
 
 def positive_part(x):

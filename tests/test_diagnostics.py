@@ -5,7 +5,9 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.diagnostics import crossover_lambda, evaluate_mixture, plot_active_set
+from wmss_trl.losses.schedules import crossover_lambda
+from wmss_trl.reports.figures import plot_active_set
+from wmss_trl.reports.mixture import evaluate_mixture
 
 
 def test_mixture_statistics_equal_token_by_token_float64(make_model, tokenizer):

@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.adapters import active_adapter, copy_adapter
-from wmss_trl.engines import LateParameters, check_engine, check_goes_on_from_sft, checkpoint_form, engine_name
-from wmss_trl.run_state import check_same_run
+from wmss_trl.distributed.engines import check_engine, check_goes_on_from_sft, checkpoint_form, engine_name
+from wmss_trl.distributed.late_parameters import LateParameters
+from wmss_trl.loop.run_state import check_same_run
+from wmss_trl.modeling.adapters import active_adapter, copy_adapter
 
 
 def fsdp(version=2, **options):
@@ -115,7 +116,7 @@ def test_whole_models_on_each_process_are_refused_under_an_engine(
         return WMSSTrainer(make_model(), make_args(), train_dataset=dataset, processing_class=tokenizer, **kwargs)
 
     trainer = make()
-    monkeypatch.setattr("wmss_trl.checks.engine_name", lambda accelerator: "zero3")
+    monkeypatch.setattr("wmss_trl.loop.checks.engine_name", lambda accelerator: "zero3")
     with pytest.raises(ValueError, match=r"launched with zero3.*ddp\.yaml"):
         trainer.score_table()
     with pytest.raises(ValueError, match=r"launched with zero3.*wmss-trl rank-weak"):

@@ -4,7 +4,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from wmss_trl.epochs import EpochPlan, batches_per_process
+from wmss_trl.loop.epoch_plan import EpochPlan, batches_per_process
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, 100])

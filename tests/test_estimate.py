@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
-from wmss_trl.cli import main
+from wmss_trl.cli.main import main
 from wmss_trl.estimate import (
     ENGINES,
     WEAK_REFERENCES,

@@ -13,7 +13,8 @@ from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.weak import DisabledAdapter, NamedAdapter, WeakReference
+from wmss_trl.weak_model.adapters import DisabledAdapter, NamedAdapter
+from wmss_trl.weak_model.frozen import FrozenModel
 
 INPUTS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 PROJECTIONS = ["q_proj", "v_proj"]
@@ -165,7 +166,7 @@ def test_weak_logits_are_those_of_the_model_as_it_was_handed_in(make_trainer, ba
     with torch.no_grad():
         expected = reference(INPUTS).logits
     trainer = make_trainer(base, config)
-    kind = DisabledAdapter if option in UNTOUCHED else NamedAdapter if option in MOVED else WeakReference
+    kind = DisabledAdapter if option in UNTOUCHED else NamedAdapter if option in MOVED else FrozenModel
     assert type(trainer.weak_reference) is kind
     torch.testing.assert_close(weak_logits(trainer), expected, rtol=0, atol=1e-5)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.weak import TrainedAdapter, TrainedModel
+from wmss_trl.weak_model.joint import TrainedAdapter, TrainedModel
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 INPUTS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -306,7 +306,7 @@ def test_bf16_autocast_covers_both(make_trainer, make_model, earlier_adapter, lo
 def test_autocast_ends_with_each_step(make_trainer, make_model, earlier_adapter, lora, full_logits, monkeypatch):
     """A weak branch runs inside the strong model's forward, whose autocast context must not be entered twice."""
     if full_logits:
-        monkeypatch.setattr("wmss_trl.lm_head._head_problem", lambda model: "of the test")
+        monkeypatch.setattr("wmss_trl.modeling.lm_head._head_problem", lambda model: "of the test")
     peft_config, weak_model = (LORA, earlier_adapter[1]) if lora else (None, make_model(seed=2, dropout=0.0))
     trainer = make_trainer(None, peft_config, weak_model, bf16=True, max_steps=2)
     try:

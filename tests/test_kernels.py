@@ -9,8 +9,7 @@ import pytest
 import torch
 from loss_cases import HEAD, check_confident_models, random_heads
 
-from wmss_trl import tiles
-from wmss_trl.losses import linear_mixed_cross_entropy
+from wmss_trl.losses import linear_mixed_cross_entropy, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.gpu if DEVICE == "cuda" else lambda test: test  # without one the interpreter runs them

@@ -10,8 +10,8 @@ from trl import SFTTrainer
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.baselines.uniform import UniformModel
-from wmss_trl.lm_head import add_head_access
 from wmss_trl.losses import linear_mixed_cross_entropy, mixed_cross_entropy
+from wmss_trl.modeling.lm_head import add_head_access
 
 SIZES = {
     "vocab_size": 261,

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from loss_cases import HEAD, check_confident_models, cross_entropy, random_heads
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmss_trl import tiles
 from wmss_trl.losses import (
     linear_entropy,
     linear_mixed_cross_entropy,
     mixed_cross_entropy,
     mixed_loss,
     next_token_targets,
+    tiles,
     token_entropy,
 )
 

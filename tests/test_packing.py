@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.packing import best_fit_decreasing, pack_prefix
+from wmss_trl.curriculum.packing import best_fit_decreasing, pack_prefix
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from conftest import sums
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.cli import main
-from wmss_trl.ranking import Separation, expand_candidates, markdown_ranking, rank_weak_models, separation
+from wmss_trl.cli.main import main
+from wmss_trl.weak_model.ranking import Separation, expand_candidates, markdown_ranking, rank_weak_models, separation
 
 
 def scaled(model, factor):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from wmss_trl import WMSSTrainer, score_entropy
-from wmss_trl.weak import NamedAdapter
+from wmss_trl.weak_model.adapters import NamedAdapter
 
 LORA = LoraConfig(r=4, lora_dropout=0.1)
 INPUTS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -17,9 +17,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.checkpoints import problems_of
-from wmss_trl.epochs import EpochPlan
-from wmss_trl.run_state import check_same_order, check_same_steps
+from wmss_trl.loop.checkpoints import problems_of
+from wmss_trl.loop.epoch_plan import EpochPlan
+from wmss_trl.loop.run_state import check_same_order, check_same_steps
 
 
 def assert_ends_the_same(trainer, whole):

@@ -8,7 +8,7 @@ from trl import SFTConfig, SFTTrainer
 
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.config import convert_arguments
-from wmss_trl.schedules import make_lambda_schedule
+from wmss_trl.losses.schedules import make_lambda_schedule
 
 
 def square_root(progress: float) -> float:

@@ -13,7 +13,8 @@ from datasets import Dataset, load_dataset
 
 from wmss_trl import WMSSTrainer, draw_active_set, sampling_weights
 from wmss_trl.files import replacing
-from wmss_trl.score_files import ScoreCache, ScoreTable
+from wmss_trl.scoring.score_cache import ScoreCache
+from wmss_trl.scoring.table import ScoreTable
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_neighbouring_checkpoint_is_another_model(make_trainer):
 
 
 def test_a_killed_scoring_pass_goes_on_where_it_was(make_trainer, monkeypatch, tmp_path):
-    monkeypatch.setattr("wmss_trl.scoring._ROUNDS_PER_SHARD", 2)
+    monkeypatch.setattr("wmss_trl.scoring.entropy._ROUNDS_PER_SHARD", 2)
     options = {"scoring_batch_size": 4}
     whole = make_trainer(**options, output_dir=str(tmp_path / "whole"), score_cache_dir="/dev/null/nowhere")
     with pytest.warns(UserWarning, match="Scores cannot be kept in /dev/null/nowhere"):

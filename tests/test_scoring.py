@@ -9,8 +9,9 @@ from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import WMSSTrainer, score_entropy
-from wmss_trl.lm_head import add_head_access
-from wmss_trl.scoring import dataset_fingerprint, length_batches, score_models, supervised_token_counts
+from wmss_trl.modeling.lm_head import add_head_access
+from wmss_trl.scoring.dataset import dataset_fingerprint, length_batches, supervised_token_counts
+from wmss_trl.scoring.entropy import score_models
 
 
 def tokenized(num_examples=23, seed=0):
@@ -114,7 +115,7 @@ def test_several_models_share_the_batches(make_model, tokenizer):
 
 
 def test_an_interrupted_pass_goes_on_from_its_last_shard(make_model, collator, monkeypatch):
-    monkeypatch.setattr("wmss_trl.scoring._ROUNDS_PER_SHARD", 2)
+    monkeypatch.setattr("wmss_trl.scoring.entropy._ROUNDS_PER_SHARD", 2)
     model, dataset = make_scaled(make_model), tokenized()
     expected = score_entropy(model, dataset, collator, 3, disable_tqdm=True)
     kept, collated = [], []

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.data.tiny import build_model
-from wmss_trl.weak import DisabledAdapter, NamedAdapter, WeakReference
-from wmss_trl.weak_loading import split_revision
+from wmss_trl.weak_model.adapters import DisabledAdapter, NamedAdapter
+from wmss_trl.weak_model.frozen import FrozenModel
+from wmss_trl.weak_model.loading import split_revision
 
 PROJECTIONS = ["q_proj", "v_proj"]
 METHODS = {
@@ -255,7 +256,7 @@ def test_adapter_that_can_only_be_there_once_is_copied_with_its_base(make_traine
     expected = logits(model)
     with pytest.warns(UserWarning, match=r"cannot be kept beside itself .* the whole model is copied"):
         trainer = make_trainer(model)
-    assert type(trainer.weak_reference) is WeakReference
+    assert type(trainer.weak_reference) is FrozenModel
     trainer.train()
     torch.testing.assert_close(weak_logits(trainer), expected)
     assert not torch.allclose(logits(trainer.model), expected, atol=1e-4)

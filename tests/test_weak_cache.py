@@ -13,7 +13,7 @@ from conftest import losses
 from peft import LoraConfig
 
 from wmss_trl import WMSSTrainer
-from wmss_trl.weak_cache import HiddenCache
+from wmss_trl.scoring.hidden_cache import HiddenCache
 
 LORA = LoraConfig(r=4)
 
@@ -171,7 +171,7 @@ def test_score_file_does_not_replace_the_cache(make_trainer, make_model, tmp_pat
 
 
 def test_interrupted_writing_goes_on(make_trainer, make_model, monkeypatch):
-    monkeypatch.setattr("wmss_trl.scoring._ROUNDS_PER_SHARD", 1)
+    monkeypatch.setattr("wmss_trl.scoring.entropy._ROUNDS_PER_SHARD", 1)
     trainer = make_trainer(weak_model=make_model(seed=3), scoring_batch_size=4)
     write, cache = trainer._activation.hidden_cache.write, trainer._activation.hidden_cache
 
@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_is_explained_and_leaves_no_file(tmp_path, monkeypat
 
 def test_zeros_are_written_where_the_system_cannot_allocate(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
-    monkeypatch.setattr("wmss_trl.weak_cache._ZEROS_AT_ONCE", 1000)
+    monkeypatch.setattr("wmss_trl.scoring.hidden_cache._ZEROS_AT_ONCE", 1000)
     cache = make_cache(tmp_path, [10_000, 50_000])
     cache.create(lambda message: None)
     assert cache.path.stat().st_size == 60_000 * 12

@@ -12,8 +12,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from wmss_trl import WMSSTrainer
 from wmss_trl.data.tiny import build_tokenizer
-from wmss_trl.ranking import rank_weak_models
-from wmss_trl.weak_loading import load_weak_model
+from wmss_trl.weak_model.loading import load_weak_model
+from wmss_trl.weak_model.ranking import rank_weak_models
 
 INPUTS = torch.tensor([[5, 6, 7, 8, 9]])
 

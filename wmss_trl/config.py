@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .curriculum import CURRICULUM_VARIANTS
+from .curriculum.weights import CURRICULUM_VARIANTS
+from .losses.schedules import make_lambda_schedule, schedule_name
 from .option_types import check_option_types
-from .schedules import make_lambda_schedule, schedule_name
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -91,7 +91,7 @@ class WMSSConfig(SFTConfig):
             Whether each weak-driven epoch trains on an active set drawn by the change of entropy. If `False`, it
             trains on the whole data set and no scoring is done.
         curriculum_variant (`str`, *optional*, defaults to `"released"`):
-            Formula of the sampling weights, see [`~wmss_trl.curriculum.sampling_weights`]. Possible values are
+            Formula of the sampling weights, see [`~wmss_trl.curriculum.weights.sampling_weights`]. Possible values are
             `"released"` (the paper's code), `"v1"` and `"v2"` (the two versions of the paper).
         difficulty_weight (`float`, *optional*, defaults to `0.1`):
             Weight of the difficulty term: examples that are still uncertain. A `"v2"` run of the paper uses `0.8`.
@@ -304,7 +304,7 @@ class WMSSConfig(SFTConfig):
 
     @property
     def term_options(self) -> dict[str, Any]:
-        """Options of [`~wmss_trl.curriculum.sampling_weights`]."""
+        """Options of [`~wmss_trl.curriculum.weights.sampling_weights`]."""
         return {
             "variant": self.curriculum_variant,
             "difficulty_weight": self.difficulty_weight,

@@ -17,18 +17,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import sums
 
-import wmss_trl.lm_head
+import wmss_trl.modeling.lm_head
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
-from wmss_trl.engines import engine_name
-from wmss_trl.sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole
+from wmss_trl.distributed.engines import engine_name
+from wmss_trl.distributed.sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole
 
 # Under DDP on a CPU, transformers before 5.18 restores the optimizer to "cpu:0", which PyTorch does not know
 torch.serialization.register_package(
     0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
 )
 
-head_problem = wmss_trl.lm_head._head_problem
+head_problem = wmss_trl.modeling.lm_head._head_problem
 
 # What the model is wrapped in: FSDP on a CPU is silently plain DDP, and DDP no wrapper at all, where something is off
 WRAPPERS = {
@@ -53,7 +53,7 @@ def make_trainer(
     **options,
 ) -> WMSSTrainer:
     os.environ["FSDP_STATE_DICT_TYPE"] = state_dict_type
-    wmss_trl.lm_head._head_problem = (lambda model: "of the test") if full_logits else head_problem
+    wmss_trl.modeling.lm_head._head_problem = (lambda model: "of the test") if full_logits else head_problem
     torch.manual_seed(0)
     examples = sums(options.pop("num_examples", 37))
     tokenizer = build_tokenizer([example["prompt"] + example["completion"] for example in sums(37)], vocab_size=300)

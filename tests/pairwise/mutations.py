@@ -21,15 +21,15 @@ import torch
 from factors import read_rows
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import wmss_trl.activation
-import wmss_trl.adapters
-import wmss_trl.score_files
+import wmss_trl.loop.selection
+import wmss_trl.modeling.adapters
+import wmss_trl.scoring.hidden_cache
+import wmss_trl.scoring.score_cache
 import wmss_trl.trainer
-import wmss_trl.weak
-import wmss_trl.weak_cache
+import wmss_trl.weak_model.factory
 from wmss_trl.curriculum import CurriculumSampler
-from wmss_trl.refresh import WeakRefresh
 from wmss_trl.trainer import WMSSTrainer
+from wmss_trl.weak_model.refresh import WeakRefresh
 
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
 _FILE = Path(__file__).with_name("mutations.json")
@@ -57,15 +57,15 @@ def scores_come_from_the_plain_collator():
     def make(original):
         return lambda self, collator: original(self, DataCollatorForLanguageModeling(0))
 
-    with replaced(wmss_trl.activation.DataActivation, "_scoring_collator", make):
+    with replaced(wmss_trl.loop.selection.DataActivation, "_scoring_collator", make):
         yield
 
 
 @mutation
 def an_adapter_switched_off_is_m0_whatever_it_trains():
     with (
-        patch.object(wmss_trl.weak, "effect_on_base", lambda config: "none"),
-        patch.object(wmss_trl.weak, "trains_base", lambda model: False),
+        patch.object(wmss_trl.weak_model.factory, "effect_on_base", lambda config: "none"),
+        patch.object(wmss_trl.weak_model.factory, "trains_base", lambda model: False),
     ):
         yield
 
@@ -100,7 +100,7 @@ def the_weak_model_is_in_train_mode():
         with torch.no_grad():
             yield self.model.train()
 
-    with patch.object(wmss_trl.weak.WeakReference, "activated", activated):
+    with patch.object(wmss_trl.weak_model.frozen.FrozenModel, "activated", activated):
         yield
 
 
@@ -128,7 +128,7 @@ def scores_are_those_of_the_first_redraw():
 
         return score
 
-    with replaced(wmss_trl.activation.DataActivation, "score", make):
+    with replaced(wmss_trl.loop.selection.DataActivation, "score", make):
         yield
 
 
@@ -185,7 +185,7 @@ def the_adapter_stays_on_for_the_weak_logits():
     def active_adapter(model, name):
         yield
 
-    with patch.object(wmss_trl.weak, "active_adapter", active_adapter):
+    with patch.object(wmss_trl.weak_model.factory, "active_adapter", active_adapter):
         yield
 
 
@@ -194,7 +194,7 @@ def cached_hidden_states_come_in_another_order():
     def make(original):
         return lambda self, indices: original(self, indices[::-1])
 
-    with replaced(wmss_trl.weak_cache.HiddenCache, "read", make):
+    with replaced(wmss_trl.scoring.hidden_cache.HiddenCache, "read", make):
         yield
 
 
@@ -239,7 +239,7 @@ def a_weak_branch_is_saved_with_the_model():
     def detached(self):
         yield
 
-    with patch.object(wmss_trl.weak.TrainedModel, "detached", detached):
+    with patch.object(wmss_trl.weak_model.joint.TrainedModel, "detached", detached):
         yield
 
 

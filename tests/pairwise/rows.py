@@ -23,7 +23,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback
 from world import World, copy_of, make_collator, make_dataset
 
-import wmss_trl.lm_head
+import wmss_trl.modeling.lm_head
 from wmss_trl import WMSSConfig, WMSSTrainer
 
 # Under DDP on a CPU, transformers before 5.18 restores the optimizer to "cpu:0", which PyTorch does not know
@@ -72,13 +72,13 @@ class StopAfter(TrainerCallback):
 
 @contextmanager
 def head_that_cannot_be_reached(forced: bool):
-    original = wmss_trl.lm_head._head_problem
+    original = wmss_trl.modeling.lm_head._head_problem
     if forced:
-        wmss_trl.lm_head._head_problem = lambda model: "it is to be so in this row"
+        wmss_trl.modeling.lm_head._head_problem = lambda model: "it is to be so in this row"
     try:
         yield
     finally:
-        wmss_trl.lm_head._head_problem = original
+        wmss_trl.modeling.lm_head._head_problem = original
 
 
 def make_trainer(world: World, output: str = "run", **changed: Any) -> tuple[Recorder, WMSSConfig, Any]:

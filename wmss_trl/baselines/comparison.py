@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl import SFTConfig, SFTTrainer
 
 from ..config import WMSSConfig, convert_arguments
-from ..curriculum import CurriculumSampler
-from ..diagnostics import evaluate_mixture
+from ..curriculum.sampler import CurriculumSampler
+from ..reports.mixture import evaluate_mixture
 from ..trainer import WMSSTrainer
 from .uniform import UniformModel
 
@@ -35,7 +35,8 @@ class Result:
         correct (`np.ndarray` of shape `(num_problems,)`):
             Which held-out problems the model alone solves.
         metrics (`dict[str, float]`):
-            Held-out token averages of [`~wmss_trl.diagnostics.evaluate_mixture`], always with M0 as the weak model.
+            Held-out token averages of [`~wmss_trl.reports.mixture.evaluate_mixture`], always with M0 as the weak
+            model.
         loss (`list[tuple[int, float]]`):
             Optimizer steps and the training loss logged there. Mixed losses and SFT's are not on one scale.
         accuracy (`list[tuple[int, float]]`):

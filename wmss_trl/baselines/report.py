@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..curriculum import CurriculumSampler
-from ..diagnostics import plot_active_set
+from ..curriculum.sampler import CurriculumSampler
+from ..reports.figures import plot_active_set
 from .comparison import TEMPERATURE, WMSS, Result
 
 # One comparison per seed

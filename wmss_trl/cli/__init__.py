@@ -1,0 +1,5 @@
+"""The command `wmss-trl`."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Engines that split models and data over processes."""

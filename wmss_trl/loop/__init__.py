@@ -1,0 +1,1 @@
+"""A run: its phases, its epochs, what is saved and what is refused."""

@@ -1,0 +1,1 @@
+"""Reaching into a model of transformers."""

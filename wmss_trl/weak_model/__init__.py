@@ -1,0 +1,1 @@
+"""Where weak logits come from."""
