@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from trl import SFTTrainer
 
 from ..config import WMSSConfig
 from ..distributed.engines import check_goes_on_from_sft, checkpoint_form, engine_name, whole_state_dict
@@ -44,9 +45,6 @@ from .run_state import (
     migrated,
     read_state,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class TwoPhaseTrainer(SFTTrainer):
