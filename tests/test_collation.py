@@ -136,8 +136,8 @@ def test_a_collator_that_changes_later_is_found_out(make_trainer, tokenizer, cha
     collator.masking = False
     trainer = make_trainer(collator, weak_cache="hidden")
     if changes_in == "training":
-        trainer._activation.fill_hidden_cache()
-        trainer._activation.score()
+        trainer._selection.fill_hidden_cache()
+        trainer._selection.score()
     collator.masking = True
     with pytest.raises(ValueError, match=r"hidden states for .* supervised positions: `data_collator` has changed"):
         trainer.train()

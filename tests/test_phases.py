@@ -71,10 +71,6 @@ class ForgetsThePhase(WMSSTrainer):
     def _weak_driven(self):
         return False
 
-    @_weak_driven.setter
-    def _weak_driven(self, value):
-        pass
-
 
 class ForgetsTheActiveSet(WMSSTrainer):
     """A Trainer that calls every hook, and yet goes on with the data loader of phase 1."""

@@ -84,7 +84,7 @@ def test_weak_entropies_are_those_of_the_refreshed_model(make_trainer, lora, res
 
     def keep():
         weak_entropy, strong_entropy = score()
-        cache = trainer._activation.score_cache
+        cache = trainer._selection.score_cache
         with trainer.weak_reference.activated() as weak:
             expected = score_entropy(weak, cache.dataset, cache.data_collator, disable_tqdm=True)
         rounds.append((sampler.epoch, weak_entropy, expected))

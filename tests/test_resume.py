@@ -304,7 +304,7 @@ def test_a_run_killed_in_its_first_scoring_pass_starts_over_with_its_scores(
 
     def start(folder, num_batches=10**9):
         trainer = make_trainer(folder, **options)
-        collator = trainer._activation.score_cache.data_collator = Killed(tokenizer.pad_token_id)
+        collator = trainer._selection.score_cache.data_collator = Killed(tokenizer.pad_token_id)
         collator.left = num_batches
         return trainer, collator
 

@@ -33,7 +33,7 @@ def make_trainer(make_model, make_args, tokenizer, dataset):
 
 def count_examples(trainer):
     """Number of examples that the scoring collates from now on."""
-    counts, cache = [], trainer._activation.score_cache
+    counts, cache = [], trainer._selection.score_cache
     collate = cache.data_collator
     cache.data_collator = lambda examples: counts.append(len(examples)) or collate(examples)
     return counts
@@ -107,7 +107,7 @@ def test_a_killed_scoring_pass_goes_on_where_it_was(make_trainer, monkeypatch, t
     with pytest.warns(UserWarning, match="Scores cannot be kept in /dev/null/nowhere"):
         whole.train()
     trainer = make_trainer(**options)
-    cache = trainer._activation.score_cache
+    cache = trainer._selection.score_cache
     collate, counts = cache.data_collator, []
 
     def killed(examples):

@@ -83,7 +83,7 @@ def test_cache_is_written_in_the_scoring_pass_and_the_model_let_go(make_trainer,
     trainer = make_trainer(weak_model=str(tmp_path / "weak"), num_train_epochs=2)
     forwards = []
     trainer.weak_reference.model.register_forward_hook(lambda *_: forwards.append(1))
-    counts, cache = [], trainer._activation.score_cache
+    counts, cache = [], trainer._selection.score_cache
     collate = cache.data_collator
     cache.data_collator = lambda examples: counts.append(len(examples)) or collate(examples)
     trainer.train()
@@ -94,8 +94,8 @@ def test_cache_is_written_in_the_scoring_pass_and_the_model_let_go(make_trainer,
     torch.testing.assert_close(head.weight, make_model(seed=3).lm_head.weight)
     (path,) = (tmp_path / "run" / "_weak_cache").glob("*.hidden")
     hidden_size = head.weight.size(1)
-    assert path.stat().st_size == trainer._activation.token_counts.sum() * hidden_size * 4
-    stored = trainer._activation.hidden_cache.read([5, 2])
+    assert path.stat().st_size == trainer._selection.token_counts.sum() * hidden_size * 4
+    stored = trainer._selection.hidden_cache.read([5, 2])
     model, expected = make_model(seed=3, dropout=0.0).eval(), []
     for index in (5, 2):
         ids, labels = (torch.tensor(trainer.train_dataset[index][key]) for key in ("input_ids", "labels"))
@@ -114,7 +114,7 @@ def test_a_model_of_the_users_is_left_alone(make_trainer, make_model):
 def test_m0_is_cached_by_the_strong_model_before_phase_1(make_trainer):
     trainer = make_trainer(num_train_epochs=1)
     trainer.train()
-    assert trainer._activation.hidden_cache.complete
+    assert trainer._selection.hidden_cache.complete
     assert trainer.weak_reference.model.lm_head.weight.device.type == "meta"
 
 
@@ -137,7 +137,7 @@ def test_half_precision_is_stored_as_it_is_multiplied(make_trainer, tmp_path):
         trainer = make_trainer(bf16=True, weak_cache=weak_cache, output_dir=str(tmp_path / str(weak_cache)), **options)
         trainer.train()
         runs.append(losses(trainer))
-    assert trainer._activation.hidden_cache.dtype == torch.bfloat16
+    assert trainer._selection.hidden_cache.dtype == torch.bfloat16
     np.testing.assert_allclose(runs[1], runs[0], rtol=2e-3)
 
 
@@ -145,7 +145,7 @@ def test_a_run_on_the_same_data_and_model_finds_the_cache(make_trainer, make_mod
     first = make_trainer(weak_model=make_model(seed=3))
     first.train()
     again = make_trainer(weak_model=make_model(seed=3))
-    assert again._activation.hidden_cache.complete
+    assert again._selection.hidden_cache.complete
     again.train()
     assert losses(again) == losses(first)
     shutil.rmtree(tmp_path / "run" / "_scores")  # the weak model must be kept until it has been scored
@@ -153,7 +153,7 @@ def test_a_run_on_the_same_data_and_model_finds_the_cache(make_trainer, make_mod
     without_scores.train()
     assert losses(without_scores) == pytest.approx(losses(first), rel=1e-6)
     other = make_trainer(weak_model=make_model(seed=4))
-    assert not other._activation.hidden_cache.complete
+    assert not other._selection.hidden_cache.complete
 
 
 def test_score_file_does_not_replace_the_cache(make_trainer, make_model, tmp_path):
@@ -173,7 +173,7 @@ def test_score_file_does_not_replace_the_cache(make_trainer, make_model, tmp_pat
 def test_interrupted_writing_goes_on(make_trainer, make_model, monkeypatch):
     monkeypatch.setattr("wmss_trl.scoring.entropy._ROUNDS_PER_SHARD", 1)
     trainer = make_trainer(weak_model=make_model(seed=3), scoring_batch_size=4)
-    write, cache = trainer._activation.hidden_cache.write, trainer._activation.hidden_cache
+    write, cache = trainer._selection.hidden_cache.write, trainer._selection.hidden_cache
 
     def killed(indices, hidden):
         if cache.done.sum() >= 20:
@@ -184,9 +184,9 @@ def test_interrupted_writing_goes_on(make_trainer, make_model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     again = make_trainer(weak_model=make_model(seed=3), scoring_batch_size=4)
-    assert again._activation.hidden_cache.done.sum() == 20
+    assert again._selection.hidden_cache.done.sum() == 20
     again.train()
-    assert again._activation.hidden_cache.complete
+    assert again._selection.hidden_cache.complete
 
 
 def make_cache(folder, token_counts=(2, 1, 3)):

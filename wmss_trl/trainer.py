@@ -38,12 +38,12 @@ from .loop.run_state import (
     STATE_FILE,
     WEAK_FOLDER,
 )
-from .loop.selection import DataActivation
+from .loop.selection import Selection
 from .loop.step import MixedHead, token_sums
 from .loop.two_phase import TwoPhaseTrainer
 from .losses.entropy import next_token_targets
 from .losses.mixed import MixedLossOutput, mixed_loss
-from .losses.schedules import LambdaSchedule, crossover_lambda, make_lambda_schedule
+from .losses.schedules import crossover_lambda, make_lambda_schedule
 from .modeling.adapters import keep_trainable_on_cpu
 from .modeling.checks import check_model, check_whole
 from .modeling.lm_head import HeadOutput, add_head_access
@@ -52,8 +52,8 @@ from .reports.figures import log_image, plot_redraw
 from .scoring.collation import undisturbed_random_state
 from .scoring.hidden_cache import INDEX_COLUMN, CachedHiddenCollator, check_positions
 from .scoring.table import ScoreTable
+from .weak_model.base import WeakModel
 from .weak_model.factory import keep_initial_model, make_weak_reference
-from .weak_model.frozen import WeakModel
 from .weak_model.ranking import AUTO, markdown_ranking, rank_checkpoints
 from .weak_model.refresh import WeakRefresh
 
@@ -173,17 +173,11 @@ class WMSSTrainer(TwoPhaseTrainer):
             formatting_func=formatting_func,
         )
         check_examples(args, train_dataset, self.train_dataset if self._documents is None else self._documents)
-        # A step outside `train` uses the loss that the run starts with
-        self._weak_driven = args.sft_epochs == 0
         self._plan: EpochPlan | None = None
-        self._lambda_schedule: LambdaSchedule | None = None
-        # Of the schedule "crossover": the epoch and the value that was measured at its start
-        self._crossover: tuple[int, float] | None = None
-        if args.lambda_schedule != "crossover":
-            self._lambda_schedule = make_lambda_schedule(
-                args.lambda_schedule, args.mixing_lambda, args.final_mixing_lambda
-            )
-        self._activation: DataActivation | None = None
+        self._lambda_schedule = make_lambda_schedule(
+            args.lambda_schedule, args.mixing_lambda, args.final_mixing_lambda
+        )
+        self._selection: Selection | None = None
         self.weak_reference: WeakModel | None = None
         self._late_parameters: LateParameters | None = None
         self._refresh: WeakRefresh | None = None
@@ -227,7 +221,7 @@ class WMSSTrainer(TwoPhaseTrainer):
         self._full_logits = any(problems.values())
         check_lm_heads(args, problems, train_dataset, self.accelerator)
         if args.curriculum:
-            self._activation = DataActivation(
+            self._selection = Selection(
                 args,
                 strong,
                 self.weak_reference,
@@ -243,7 +237,7 @@ class WMSSTrainer(TwoPhaseTrainer):
                 steps_done=lambda: this.state.global_step,
                 on_redraw=lambda metrics: this._report_redraw(metrics),
             )
-            self.curriculum_sampler = self._activation.sampler
+            self.curriculum_sampler = self._selection.sampler
             self.add_callback(self.curriculum_sampler)
         self._plan_phases(weak_model)
 
@@ -295,17 +289,17 @@ class WMSSTrainer(TwoPhaseTrainer):
             [`~wmss_trl.scoring.ScoreTable`]: one row per example. It can be written to a Parquet file, from which
             a run with `score_file` starts.
         """
-        if self._activation is None:
+        if self._selection is None:
             raise ValueError("There is nothing to score without a curriculum. Set `curriculum=True`.")
         remedy = "Launch it on one process or with DDP (`recipes/accelerate/ddp.yaml`)."
         check_replicated(self.accelerator, "Scoring without training runs", remedy)
-        return self._activation.table()
+        return self._selection.table()
 
     def _report_redraw(self, metrics: dict[str, float]) -> None:
         """Announce a redraw, log it with the next step, and draw it."""
         self._phases.announce_redraw(metrics)
         if self.curriculum_sampler.drawn_epoch == self.args.sft_epochs:
-            self._activation.warn_if_too_close()
+            self._selection.warn_if_too_close()
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
         if self.args.plot_curriculum and self.is_world_process_zero() and find_spec("matplotlib") is not None:
@@ -337,14 +331,14 @@ class WMSSTrainer(TwoPhaseTrainer):
             ValueError: If there is no such checkpoint, it is not whole, or another run has saved it.
             RuntimeError: If the run went beyond phase 1 and yet did no weak-driven step.
         """
-        has_scores = resume_from_checkpoint is True and self._activation is not None and self._activation.has_scores()
+        has_scores = resume_from_checkpoint is True and self._selection is not None and self._selection.has_scores()
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir, has_scores)
         try:
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         except KeyboardInterrupt:
             if self.is_world_process_zero():
-                kept = self._activation is not None and self._activation.has_scores()
-                folder = self._activation.score_cache.folder if kept else None
+                kept = self._selection is not None and self._selection.has_scores()
+                folder = self._selection.score_cache.folder if kept else None
                 print(f"\n{how_to_resume(self.args.output_dir, folder)}", flush=True)  # below the progress bar
             raise
         if self._phases is not None:
@@ -392,9 +386,6 @@ class WMSSTrainer(TwoPhaseTrainer):
 
     def _mixing_lambda(self) -> float:
         """The weight of the strong model at the current step."""
-        if self.args.lambda_schedule == "crossover":
-            _, value = self._crossover
-            return value
         if self._plan is None:
             return self._lambda_schedule(0.0)
         first = self._plan.total_steps(self.args.sft_epochs)
@@ -404,9 +395,9 @@ class WMSSTrainer(TwoPhaseTrainer):
     def _measure_crossover(self) -> float:
         """Crossover of both models' logits over the supervised tokens of up to 256 examples (paper v2)."""
         dataset, collator = self._remove_unused_columns(self.train_dataset), self.data_collator
-        if self._activation is not None:
-            dataset, collator = self._activation.score_cache.dataset, self._activation.score_cache.data_collator
-            if (cache := self._activation.hidden_cache) is not None:
+        if self._selection is not None:
+            dataset, collator = self._selection.score_cache.dataset, self._selection.score_cache.data_collator
+            if (cache := self._selection.hidden_cache) is not None:
                 dataset = dataset.add_column(INDEX_COLUMN, np.arange(len(dataset)))
                 collator = CachedHiddenCollator(collator, cache)
         sample = dataset.shuffle(seed=self.args.draw_seed).select(range(min(256, len(dataset))))

@@ -57,7 +57,7 @@ def scores_come_from_the_plain_collator():
     def make(original):
         return lambda self, collator: original(self, DataCollatorForLanguageModeling(0))
 
-    with replaced(wmss_trl.loop.selection.DataActivation, "_scoring_collator", make):
+    with replaced(wmss_trl.loop.selection.Selection, "_scoring_collator", make):
         yield
 
 
@@ -128,7 +128,7 @@ def scores_are_those_of_the_first_redraw():
 
         return score
 
-    with replaced(wmss_trl.loop.selection.DataActivation, "score", make):
+    with replaced(wmss_trl.loop.selection.Selection, "score", make):
         yield
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _COLLATOR_SAMPLE = 256
 
 
-class DataActivation:
+class Selection:
     """
     Phase 2 of a run: scores its training set under the weak and the strong model and draws the active sets.
 

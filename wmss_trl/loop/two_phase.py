@@ -30,7 +30,7 @@ from trl import SFTTrainer
 
 from ..config import WMSSConfig
 from ..distributed.engines import check_goes_on_from_sft, checkpoint_form, engine_name, whole_state_dict
-from ..losses.schedules import schedule_name
+from ..losses.schedules import Crossover, schedule_name
 from ..scoring.hidden_cache import INDEX_COLUMN, CachedHiddenCollator
 from .checkpoints import load_renamed_weights, without_parameters
 from .epoch_plan import EpochPlan
@@ -53,6 +53,22 @@ class TwoPhaseTrainer(SFTTrainer):
 
     What it relies on is listed in `compatibility`, with the versions that were checked.
     """
+
+    @property
+    def _weak_driven(self) -> bool:
+        """Whether this epoch is a weak-driven one; before training, whether the first one is."""
+        epoch = None if self._phases is None else self._phases.epoch
+        return self.args.sft_epochs == 0 if epoch is None else epoch >= self.args.sft_epochs
+
+    @property
+    def _crossover(self) -> tuple[int, float] | None:
+        """Of the schedule "crossover": the epoch and the value that was measured at its start."""
+        return getattr(self._lambda_schedule, "measured", None)
+
+    @_crossover.setter
+    def _crossover(self, measured: tuple[int, float] | None) -> None:
+        if isinstance(self._lambda_schedule, Crossover):
+            self._lambda_schedule.measured = measured
 
     def _reached(self, override: str) -> None:
         """Note that the Trainer has called an override, which it would not do under another name."""
@@ -86,7 +102,7 @@ class TwoPhaseTrainer(SFTTrainer):
         return epochs, steps_per_epoch, num_examples, num_samples, batch_size, full_batches, max_steps
 
     def _make_active_dataloader(self) -> DataLoader:
-        dataset, collator, cache = self._activation.dataset_of_rows, self.data_collator, self._activation.hidden_cache
+        dataset, collator, cache = self._selection.dataset_of_rows, self.data_collator, self._selection.hidden_cache
         if cache is not None:
             dataset = dataset.add_column(INDEX_COLUMN, np.arange(len(dataset)))
             self.data_collator = CachedHiddenCollator(collator, cache)
@@ -120,7 +136,7 @@ class TwoPhaseTrainer(SFTTrainer):
         self._reached("_init_training_state")
         self._crossover = None
         if self.curriculum_sampler is not None:
-            self._activation.compare_with_initial_model()
+            self._selection.compare_with_initial_model()
             self.curriculum_sampler.drawn_epoch = None
         if self._refresh is not None and self._refresh.round_epoch is not None and resume_from_checkpoint is None:
             raise ValueError(
@@ -184,7 +200,7 @@ class TwoPhaseTrainer(SFTTrainer):
             "engine": checkpoint_form(self.args, self.accelerator),
         }
         if self.curriculum_sampler is not None:
-            identity["train_dataset"] = self._activation.fingerprint
+            identity["train_dataset"] = self._selection.fingerprint
             options += [
                 "curriculum_variant",
                 "difficulty_weight",
@@ -210,21 +226,21 @@ class TwoPhaseTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self._reached("_run_epoch")
-        self._weak_driven = epoch >= self.args.sft_epochs
+        weak_driven = epoch >= self.args.sft_epochs
         sampler = self.curriculum_sampler
         if sampler is not None:
-            if self._weak_driven:
+            if weak_driven:
                 train_dataloader = self._active_dataloader
                 steps_in_epoch, num_update_steps_per_epoch = self._plan.batches(epoch), self._plan.steps(epoch)
-                self._activation.fill_hidden_cache()
+                self._selection.fill_hidden_cache()
             else:
-                self._activation.score_initial_model()
-            cache = self._activation.hidden_cache
+                self._selection.score_initial_model()
+            cache = self._selection.hidden_cache
             if cache is not None and cache.complete and sampler.weak_entropy is not None:
                 self.weak_reference.keep_only_lm_head()
-        if self._weak_driven and self.args.lambda_schedule == "crossover" and (self._crossover or [None])[0] != epoch:
+        if weak_driven and self.args.lambda_schedule == "crossover" and (self._crossover or [None])[0] != epoch:
             self._crossover = epoch, self._measure_crossover()
-        if self._late_parameters is not None and self._weak_driven:
+        if self._late_parameters is not None and weak_driven:
             first = self.state.global_step == self._plan.total_steps(self.args.sft_epochs)
             self._late_parameters.train(self.optimizer, first)
         elif self._late_parameters is not None:

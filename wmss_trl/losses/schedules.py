@@ -15,7 +15,8 @@ def make_lambda_schedule(schedule: str | LambdaSchedule, start: float, end: floa
 
     Args:
         schedule (`str` or `Callable[[float], float]`):
-            `"constant"`, `"linear"`, `"cosine"`, or a function of the progress, itself or as `"package.module:name"`.
+            `"constant"`, `"linear"`, `"cosine"`, `"crossover"`, or a function of the progress, itself or as
+            `"package.module:name"`.
         start (`float`):
             Value at the first weak-driven step.
         end (`float`, *optional*):
@@ -34,6 +35,8 @@ def make_lambda_schedule(schedule: str | LambdaSchedule, start: float, end: floa
         function = lambda progress: end + (start - end) * (1 + math.cos(math.pi * progress)) / 2  # noqa: E731
     elif schedule == "constant":
         function = lambda progress: start  # noqa: E731
+    elif schedule == "crossover":
+        return Crossover()
     else:
         function = schedule if callable(schedule) else _import(schedule)
 
@@ -47,6 +50,23 @@ def make_lambda_schedule(schedule: str | LambdaSchedule, start: float, end: floa
         return value
 
     return checked
+
+
+class Crossover:
+    """
+    The schedule "crossover": `mixing_lambda` as it was measured at the start of the epoch.
+
+    Attributes:
+        measured (`tuple[int, float]`, *optional*):
+            The epoch and its value.
+    """
+
+    def __init__(self):
+        self.measured: tuple[int, float] | None = None
+
+    def __call__(self, progress: float) -> float:
+        _, value = self.measured
+        return value
 
 
 def crossover_lambda(strong_norm: float, weak_norm: float) -> float:
