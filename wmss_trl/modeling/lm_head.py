@@ -41,6 +41,11 @@ class LMHead:
     scale: float
     softcap: float | None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states of shape `(N, H)`: `(N, V)`, in float32."""
+        out = torch.empty(len(hidden), len(self.weight), dtype=torch.float32, device=hidden.device)
+        return transform_logits_(project(out, hidden, self.weight, self.bias), self.scale, self.softcap)
+
     def detach(self) -> "LMHead":
         """The same head, through which no gradient passes."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
@@ -206,8 +211,7 @@ def _head_problem(model: nn.Module) -> str | None:
         with whole_lm_head(head) as head:
             hidden = hidden.to(head.weight.device)
             dtypes.add(matmul_dtype(hidden))
-            out = torch.empty(len(hidden), len(head.weight), dtype=torch.float32, device=hidden.device)
-            return transform_logits_(project(out, hidden, head.weight, head.bias), head.scale, head.softcap)
+            return head.logits(hidden)
 
     with evaluating(model), runnable(model):
         expected = model(**inputs, use_cache=False).logits[0].float()

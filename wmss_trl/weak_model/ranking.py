@@ -14,7 +14,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..losses.entropy import next_token_targets
 from ..losses.schedules import crossover_lambda
-from ..losses.tiles import project, transform_logits_
 from ..modeling.lm_head import LMHead, add_head_access
 from ..modeling.modes import evaluating, unwrap_adapter
 from ..scoring.collation import DataCollator
@@ -167,7 +166,8 @@ def _compare(strong: tuple[Tensor, LMHead], weak: tuple[Tensor, LMHead], targets
     for start in range(0, len(targets), rows):
         y = targets[start : start + rows].unsqueeze(-1)
         z_strong, z_weak = (
-            _logits(hidden[start : start + rows], head).to(y.device) for hidden, head in (strong, weak)
+            head.logits(hidden[start : start + rows].to(head.weight.dtype)).to(y.device)
+            for hidden, head in (strong, weak)
         )
         entropies = [torch.special.entr(z.softmax(-1)).sum(-1) for z in (z_strong, z_weak)]
         norms = [(z - z.mean(-1, keepdim=True)).norm(dim=-1) for z in (z_strong, z_weak)]
@@ -176,13 +176,6 @@ def _compare(strong: tuple[Tensor, LMHead], weak: tuple[Tensor, LMHead], targets
         hard = (advantage < advantage.gather(-1, y)).sum(-1) / (advantage.size(-1) - 1)
         parts.append(torch.stack([*entropies, *norms, hard]))
     return torch.cat(parts, dim=1)
-
-
-def _logits(hidden: Tensor, head: LMHead) -> Tensor:
-    out = torch.empty(len(hidden), len(head.weight), dtype=torch.float32, device=hidden.device)
-    return transform_logits_(
-        project(out, hidden.to(head.weight.dtype), head.weight, head.bias), head.scale, head.softcap
-    )
 
 
 def expand_candidates(candidates: Iterable[str]) -> list[str]:
