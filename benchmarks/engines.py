@@ -71,7 +71,7 @@ class Variant:
         label (`str`):
             Name in the tables.
         weak (`str`, *optional*, defaults to `"none"`):
-            Its weak reference in the words of [`wmss_trl.estimate.memory.Setup`].
+            Its weak model in the words of [`wmss_trl.estimate.memory.Setup`].
         options (`dict`, *optional*):
             Options of `WMSSConfig`; `None` is TRL's SFTTrainer.
         own_weak_model (`bool`, *optional*, defaults to `False`):

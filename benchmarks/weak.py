@@ -1,5 +1,5 @@
 """
-Time and memory of a training step with each kind of weak reference, beside SFT with the same set-up.
+Time and memory of a training step with each kind of weak model, beside SFT with the same set-up.
 
     python benchmarks/weak.py                      # CPU: a Qwen3 of 8 layers, hidden 512, vocabulary 32k, float32
     python benchmarks/weak.py --lora [--checkpointing]

@@ -1,9 +1,9 @@
 """
 Weak-Driven Learning on math problems.
 
-The embedded default: generated word problems and a model small enough to be trained from scratch on a CPU, WMSS beside
-its rivals from the same M1, a table and a plot (add `--seeds 5` for paired differences over seeds). The same happens
-on your own data when no model is named:
+The embedded default: generated word problems and a model small enough to be trained from scratch on a CPU. WMSS is
+compared with its baselines from the same M1, in a table and a plot (`--seeds 5` adds paired differences over seeds).
+The same happens on your own data when no model is named:
 
     python examples/train_math.py
     python examples/train_math.py --dataset_path problems.jsonl --num_test 300
@@ -45,7 +45,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from wmss_trl import WMSSConfig, WMSSTrainer
-from wmss_trl.baselines.comparison import compare_with_rivals
+from wmss_trl.baselines.comparison import compare_with_baselines
 from wmss_trl.baselines.report import format_table, format_verdict, plot_comparison, save_results
 from wmss_trl.config import convert_arguments
 from wmss_trl.data.arithmetic import arithmetic_dataset, generate_problems
@@ -187,7 +187,7 @@ def pretrain_small_model(
 
 
 def compare_small_models(script: ScriptArguments, args: WMSSConfig) -> None:
-    """WMSS and its rivals on a small model, once per seed; prints a table, writes `results.json` and `plot.png`."""
+    """WMSS and its baselines on a small model, once per seed; prints a table, writes `results.json` and `plot.png`."""
     state, runs = PartialState(), []
     for seed in range(args.seed, args.seed + script.seeds):
         seed_args = convert_arguments(args, WMSSConfig, seed=seed, output_dir=f"{args.output_dir}/seed{seed}")
@@ -198,7 +198,7 @@ def compare_small_models(script: ScriptArguments, args: WMSSConfig) -> None:
             )
         m0, tokenizer = pretrain_small_model(script, seed_args, train, test)
         state.wait_for_everyone()
-        results, sampler = compare_with_rivals(
+        results, sampler = compare_with_baselines(
             partial(AutoModelForCausalLM.from_pretrained, m0),
             seed_args,
             train,

@@ -75,7 +75,7 @@ def test_embedded_default_prints_the_table_and_a_sentence(tmp_path):
     runs = json.loads((tmp_path / "results.json").read_text())
     assert len(runs) == 2
     steps = {result["loss"][-1][0] for result in runs[0][2:]}
-    assert len(steps) == 1  # every rival went as far as WMSS
+    assert len(steps) == 1  # every baseline went as far as WMSS
     assert [len(result["correct"]) for result in runs[0]] == [10] * 7
 
 

@@ -1,4 +1,4 @@
-"""Adapters as weak reference: what is in memory, what is trained, what is saved."""
+"""Adapters as weak model: what is in memory, what is trained, what is saved."""
 
 import copy
 import gc

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from wmss_trl.baselines.comparison import compare_with_rivals
+from wmss_trl.baselines.comparison import compare_with_baselines
 
 
-def test_rivals_start_from_m1_and_run_as_long_as_wmss(make_model, make_args, tokenizer, dataset):
+def test_baselines_start_from_m1_and_run_as_long_as_wmss(make_model, make_args, tokenizer, dataset):
     model = make_model()
     evaluated = []
 
@@ -15,7 +15,7 @@ def test_rivals_start_from_m1_and_run_as_long_as_wmss(make_model, make_args, tok
         evaluated.append(model)
         return np.zeros(3, dtype=bool)
 
-    results, sampler = compare_with_rivals(
+    results, sampler = compare_with_baselines(
         lambda: copy.deepcopy(model),
         make_args(num_train_epochs=3, sft_epochs=2, lr_scheduler_type="linear"),
         dataset,

@@ -27,7 +27,7 @@ def test_difference_of_several_seeds_is_paired_by_seed():
     assert error == pytest.approx(4 / np.sqrt(3))
 
 
-def test_the_rival_is_sft_at_its_best_learning_rate():
+def test_the_baseline_is_sft_at_its_best_learning_rate():
     assert best_sft([run(50, 40, 0, slow_sft=45)]) == "SFT, lr x 0.5"
 
 

@@ -21,7 +21,7 @@ import wmss_trl.modeling.lm_head
 from wmss_trl import WMSSConfig, WMSSTrainer
 from wmss_trl.data.tiny import build_model, build_tokenizer
 from wmss_trl.distributed.engines import engine_name
-from wmss_trl.distributed.sharding import gathered, in_zero3, is_sharded, parameters_at_rest, whole
+from wmss_trl.distributed.sharding import full_tensor, gathered, in_zero3, is_sharded, parameters_at_rest
 
 # Under DDP on a CPU, transformers before 5.18 restores the optimizer to "cpu:0", which PyTorch does not know
 torch.serialization.register_package(
@@ -158,7 +158,7 @@ def run(
     weights = {}
     for name, parameter in sorted(parameters.items()):
         with gathered([parameter]):
-            weights[name] = whole(parameter.detach()).to("cpu", copy=True)
+            weights[name] = full_tensor(parameter.detach()).to("cpu", copy=True)
     np.savez(
         f"{result}.{trainer.accelerator.process_index}.npz",
         weights=torch.cat([value.float().flatten() for value in weights.values()]).numpy(),

@@ -330,7 +330,7 @@ class World:
         return options
 
     def write_score_file(self, token_counts: list[int]) -> None:
-        """Scores that no model gives, so that a run that computes its own is found out."""
+        """Scores that no model gives, so that a run that computes its own is detected."""
         scores = np.load(self.folder / "scores.npz")
         columns = {"weak_entropy": scores["weak"], "strong_entropy": scores["strong"], "tokens": token_counts}
         pq.write_table(pa.table({"index": np.arange(NUM_EXAMPLES), **columns}), self.folder / "scores.parquet")

@@ -1,4 +1,4 @@
-"""WMSS beside its rivals: from the same M1, with the same optimizer state and the same number of steps."""
+"""WMSS beside its baselines: from the same M1, with the same optimizer state and the same number of steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ class _AccuracyCurve(TrainerCallback):
             self.points.append((state.global_step, float(self.evaluate(model).mean())))
 
 
-def compare_with_rivals(
+def compare_with_baselines(
     make_model: Callable[[], PreTrainedModel],
     args: WMSSConfig,
     train_dataset: Dataset,
@@ -90,17 +90,17 @@ def compare_with_rivals(
     curve_points: int = 6,
 ) -> tuple[list[Result], CurriculumSampler]:
     """
-    Train WMSS from M0, then its rivals from the checkpoint at the end of its phase 1 (M1).
+    Train WMSS from M0, then its baselines from the checkpoint at the end of its phase 1 (M1).
 
-    Every run goes on with M1's optimizer and schedule for as many steps as WMSS. The rivals are continued SFT at
+    Every run goes on with M1's optimizer and schedule for as many steps as WMSS. The baselines are continued SFT at
     several multiples of the learning rate (WMSS has only the one in `args`), and the mixed loss without a weak model,
-    which is a temperature. A rival trains on the whole data set, WMSS on its active sets.
+    which is a temperature. A baseline trains on the whole data set, WMSS on its active sets.
 
     Args:
         make_model (`Callable[[], PreTrainedModel]`):
             Returns a new copy of M0.
         args ([`WMSSConfig`]):
-            Arguments of the WMSS run; the rivals' differ where they must.
+            Arguments of the WMSS run; the baselines' differ where they must.
         train_dataset, eval_dataset (`datasets.Dataset`):
             Data sets that [`WMSSTrainer`] accepts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -113,7 +113,7 @@ def compare_with_rivals(
             Number of points at which accuracy is measured during a run.
 
     Returns:
-        `tuple[list[Result], CurriculumSampler]`: the results of M0, M1, WMSS and its rivals, and the sampler of the
+        `tuple[list[Result], CurriculumSampler]`: the results of M0, M1, WMSS and its baselines, and the sampler of the
         WMSS run with its last redraw.
     """
     folder = Path(args.output_dir)
@@ -153,29 +153,29 @@ def compare_with_rivals(
     phase_1 = _SaveAfterPhase1()
     trainer, wmss = train(WMSS, WMSSTrainer, wmss_args, callbacks=[phase_1])
     checkpoint = f"{wmss_args.output_dir}/checkpoint-{phase_1.step}"
-    if PartialState().is_main_process:  # a checkpoint of plain SFT, from which the rivals go on
+    if PartialState().is_main_process:  # a checkpoint of plain SFT, from which the baselines go on
         for name in (WMSSTrainer.STATE_FILE, CurriculumSampler.FILE_NAME):
             (Path(checkpoint) / name).unlink()
     PartialState().wait_for_everyone()
     m0 = measure("M0", make_model(), trainer)
     m1 = measure("M1", AutoModelForCausalLM.from_pretrained(checkpoint), trainer)
 
-    rival_options = {
-        "output_dir": str(folder / "rivals"),
+    baseline_options = {
+        "output_dir": str(folder / "baselines"),
         "max_steps": trainer.state.max_steps,
         "save_strategy": "no",
     }
-    sft_args = convert_arguments(args, SFTConfig, **rival_options)
-    rivals = [
+    sft_args = convert_arguments(args, SFTConfig, **baseline_options)
+    baselines = [
         train(sft_name(factor), SFTTrainer, sft_args, callbacks=[_ScaleLearningRate(factor)], resume=checkpoint)
         for factor in learning_rate_factors
     ]
-    temperature_args = convert_arguments(args, WMSSConfig, curriculum=False, **rival_options)
+    temperature_args = convert_arguments(args, WMSSConfig, curriculum=False, **baseline_options)
     uniform = UniformModel(trainer.model.config)
-    rivals.append(train(TEMPERATURE, WMSSTrainer, temperature_args, weak_model=uniform, resume=checkpoint))
+    baselines.append(train(TEMPERATURE, WMSSTrainer, temperature_args, weak_model=uniform, resume=checkpoint))
 
     start = [(0, float(m0.correct.mean())), (phase_1.step, float(m1.correct.mean()))]
-    results = [wmss, *(result for _, result in rivals)]
+    results = [wmss, *(result for _, result in baselines)]
     for result in results:
         result.accuracy = sorted({*start, *result.accuracy})
     return [m0, m1, *results], trainer.curriculum_sampler

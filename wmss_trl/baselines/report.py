@@ -27,20 +27,20 @@ def accuracies(runs: Runs, name: str) -> Sequence[float]:
     return rows[0].correct.astype(float) if len(runs) == 1 else [row.correct.mean() for row in rows]
 
 
-def paired_difference(runs: Runs, name: str, rival: str) -> tuple[float, float]:
+def paired_difference(runs: Runs, name: str, baseline: str) -> tuple[float, float]:
     """
     Difference in accuracy between two rows and its standard error, paired by seed (by problem for a single seed).
 
     Args:
         runs (`Sequence[Sequence[Result]]`):
             The results of each seed.
-        name, rival (`str`):
+        name, baseline (`str`):
             Names of the rows.
 
     Returns:
         `tuple[float, float]`: percentage points.
     """
-    difference = np.subtract(accuracies(runs, name), accuracies(runs, rival))
+    difference = np.subtract(accuracies(runs, name), accuracies(runs, baseline))
     mean, error = mean_and_standard_error(difference)
     return 100 * mean, 100 * error
 
@@ -71,10 +71,10 @@ def format_verdict(runs: Runs) -> str:
     """The paired differences, and in the last sentence what they say."""
     sft = best_sft(runs)
     unit = f"{len(runs[0][0].correct)} problems" if len(runs) == 1 else f"{len(runs)} seeds"
-    differences = {rival: paired_difference(runs, WMSS, rival) for rival in (sft, TEMPERATURE)}
+    differences = {baseline: paired_difference(runs, WMSS, baseline) for baseline in (sft, TEMPERATURE)}
     lines = [
-        f"{WMSS} minus {rival}: {mean:+.1f} ± {error:.1f} points (paired over {unit})"
-        for rival, (mean, error) in differences.items()
+        f"{WMSS} minus {baseline}: {mean:+.1f} ± {error:.1f} points (paired over {unit})"
+        for baseline, (mean, error) in differences.items()
     ]
     (mean, error), (control_mean, control_error) = differences.values()
     if mean < -2 * error:

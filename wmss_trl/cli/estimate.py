@@ -70,7 +70,7 @@ weak (`list[str]`, *optional*, defaults to `["none", "model"]`):
 
 
 def estimate_needs(arguments: EstimateArguments) -> list[dict[str, Any]]:
-    """Memory, communication and time of each combination of engine, weak reference and number of GPUs."""
+    """Memory, communication and time of each combination of engine, weak model and number of GPUs."""
     if not 0 < arguments.active_fraction <= 1:
         raise ValueError(f"`active_fraction={arguments.active_fraction}` must be in (0, 1]. Change it.")
     for table in arguments.tables:

@@ -57,7 +57,7 @@ def whole_shape(parameter: Tensor) -> torch.Size:
 def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
     """
     Let the parameters that ZeRO-3 manages hold their whole values while the context lasts. All processes must enter it
-    together. Others are left alone, see [`whole`].
+    together. Others are left alone, see [`full_tensor`].
     """
     managed = [parameter for parameter in parameters if in_zero3(parameter)]
     if not managed:
@@ -98,7 +98,7 @@ def runnable(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def whole(tensor: OptionalTensor) -> OptionalTensor:
+def full_tensor(tensor: OptionalTensor) -> OptionalTensor:
     """A tensor that FSDP2 may have split (and may keep in CPU memory), gathered on the device where it computes. All
     processes must call it together."""
     if not isinstance(tensor, DTensor):

@@ -81,7 +81,7 @@ def mixed_cross_entropy(
         strong_logits (`torch.Tensor` of shape `(N, V)`):
             Logits of the model being trained.
         weak_logits (`torch.Tensor` of shape `(N, V)`):
-            Logits of the weak reference. They receive a gradient only if they require one.
+            Logits of the weak model. They receive a gradient only if they require one.
         targets (`torch.Tensor` of shape `(N,)`):
             Target token ids; positions equal to `ignore_index` do not count.
         mixing_lambda (`float`):

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from ..distributed.sharding import gathered, whole
+from ..distributed.sharding import full_tensor, gathered
 
 if TYPE_CHECKING:
     pass
@@ -20,7 +20,7 @@ def fingerprint(parameters: dict[str, nn.Parameter]) -> str:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in parameters.items():
         with gathered([parameter]):
-            values = whole(parameter.detach())
+            values = full_tensor(parameter.detach())
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
             bits = values.view(integers[values.element_size()]).flatten()
             sample = bits[:: max(1, len(bits) // 64)][:64].long()

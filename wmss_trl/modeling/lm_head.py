@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..distributed.sharding import gathered, runnable, whole, whole_shape
+from ..distributed.sharding import full_tensor, gathered, runnable, whole_shape
 from ..losses.tiles import matmul_dtype, project, transform_logits_
 from .modes import evaluating
 
@@ -98,7 +98,7 @@ def whole_lm_head(head: LMHead) -> Iterator[LMHead]:
     """An LM head whose weight may be split over the processes, gathered while the context lasts. No module may run
     meanwhile: under ZeRO-3 an embedding that shares the weight would release it."""
     with gathered([head.weight, head.bias]):
-        yield replace(head, weight=whole(head.weight), bias=whole(head.bias))
+        yield replace(head, weight=full_tensor(head.weight), bias=full_tensor(head.bias))
 
 
 def add_head_access(model: nn.Module) -> str | None:

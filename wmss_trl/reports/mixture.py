@@ -34,7 +34,7 @@ def evaluate_mixture(
         strong (`torch.nn.Module`):
             Model whose forward returns `.logits`.
         weak (`torch.nn.Module`):
-            Weak reference with the same vocabulary.
+            Weak model with the same vocabulary.
         dataset (`datasets.Dataset`):
             Tokenized data set with `input_ids` and, optionally, `labels`.
         data_collator (`Callable`):

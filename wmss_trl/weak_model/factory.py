@@ -48,7 +48,7 @@ def make_weak_reference(
     initial_model: PreTrainedModel | None = None,
 ) -> WeakModel:
     """
-    The weak reference of a run, prepared for its device and precision.
+    The weak model of a run, prepared for its device and precision.
 
     Args:
         weak_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
@@ -231,7 +231,7 @@ def starts_as_base(model: "PeftModel") -> bool:
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Copy of a model for use as the weak reference, on the same device.
+    Copy of a model for use as the weak model, on the same device.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
