@@ -6,6 +6,7 @@ import pytest
 from trl import TrlParser
 
 from wmss_trl import WMSSConfig
+from wmss_trl.config_checks import CHECKS
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,13 @@ from wmss_trl import WMSSConfig
 def test_bad_options_are_refused_with_option_value_and_remedy(make_args, options, message):
     with pytest.raises(ValueError, match=message):
         make_args(**options)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.options)
+def test_each_check_names_its_options(make_args, check):
+    options = check.options.split()
+    assert set(options) <= vars(make_args()).keys()
+    assert all(f"`{option}" in check.message for option in options)
 
 
 @pytest.mark.parametrize(
