@@ -1,11 +1,15 @@
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from trl import TrlParser
+from trl import SFTConfig, TrlParser
 
 from wmss_trl import WMSSConfig
+from wmss_trl.cli.score import DrawConfig
+from wmss_trl.config import convert_arguments, own_arguments
 from wmss_trl.config_checks import CHECKS
 
 
@@ -61,6 +65,7 @@ def test_each_check_names_its_options(make_args, check):
         ("mixing_lambda", None, "a number, got None"),
         ("mixing_lambda", True, "a number, got True"),
         ("final_mixing_lambda", [0.5], r"a number or None, got \[0.5\]"),
+        ("difficulty_weight", "0.8", "a number or None, got '0.8'"),
         ("active_fraction", float("nan"), "a number, got nan"),
         ("sft_epochs", None, "a whole number, got None. Set it to one, or leave it unset for the default, 1"),
         ("sft_epochs", 1.5, "a whole number, got 1.5"),
@@ -111,6 +116,55 @@ def test_values_that_stand_for_the_right_type_are_accepted(make_args):
     assert args.weak_model_init_kwargs == {"dtype": "bfloat16"}
     assert args.lambda_schedule is linear_in_progress
     assert json.loads(args.to_json_string())["score_cache_dir"] == "scores"
+
+
+def weights_of(args):
+    return args.difficulty_weight, args.consolidation_weight, args.repair_weight
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (0.1, 0.8, 0.1)),
+        ({"curriculum_variant": "v1"}, (0.1, 0.8, 0.1)),
+        ({"curriculum_variant": "v2"}, (0.8, 0.1, 0.1)),
+        ({"curriculum_variant": "v2", "consolidation_weight": 0.8}, (0.8, 0.8, 0.1)),  # another variant's default
+        ({"curriculum_variant": "v2", "difficulty_weight": 0, "repair_weight": 0.3}, (0, 0.1, 0.3)),
+        ({"curriculum_variant": "released", "difficulty_weight": 0.8}, (0.8, 0.8, 0.1)),
+    ],
+)
+def test_a_variant_brings_the_weights_that_are_not_set(make_args, options, expected):
+    args = make_args(**options)
+    assert weights_of(args) == expected
+    assert weights_of(DrawConfig(args.output_dir, **options)) == expected
+    copies = [
+        copy.deepcopy(args),
+        own_arguments(args),
+        dataclasses.replace(args, seed=7),
+        convert_arguments(args, WMSSConfig),
+        WMSSConfig(**{name: value for name, value in args.to_dict().items() if not name.endswith("_token")}),
+    ]
+    assert [weights_of(made) for made in copies] == [expected] * len(copies)
+    assert args.to_dict()["difficulty_weight"] == expected[0]
+
+
+def test_a_copy_with_another_variant_keeps_the_weights(make_args):
+    args = dataclasses.replace(make_args(difficulty_weight=0.3), curriculum_variant="v2")
+    assert weights_of(args) == (0.3, 0.8, 0.1)
+
+
+def test_arguments_of_another_class_get_the_weights_of_the_variant(make_args):
+    args = convert_arguments(make_args(cls=SFTConfig), WMSSConfig, curriculum_variant="v2", repair_weight=0.2)
+    assert weights_of(args) == (0.8, 0.1, 0.2)
+
+
+def test_the_variant_of_a_recipe_brings_its_weights(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: run\nbf16: false\nuse_cpu: true\ncurriculum_variant: v2\nconsolidation_weight: 0.8\n"
+    )
+    for cls in (WMSSConfig, DrawConfig):
+        (args,) = TrlParser(cls).parse_args_and_config(["--config", str(tmp_path / "run.yaml"), "--repair_weight=0"])
+        assert weights_of(args) == (0.8, 0.8, 0)
 
 
 def linear_in_progress(progress):

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .config_checks import check_options
-from .curriculum.weights import CURRICULUM_VARIANTS
+from .config_checks import TERM_WEIGHTS, check_options
+from .curriculum.weights import CURRICULUM_VARIANTS, VARIANT_WEIGHTS
 from .losses.schedules import schedule_name
 from .option_types import check_option_types
 
@@ -92,11 +92,13 @@ class WMSSConfig(SFTConfig):
             trains on the whole data set and no scoring is done.
         curriculum_variant (`str`, *optional*, defaults to `"released"`):
             Formula of the sampling weights, see [`~wmss_trl.curriculum.weights.sampling_weights`]. Possible values are
-            `"released"` (the paper's code), `"v1"` and `"v2"` (the two versions of the paper).
-        difficulty_weight (`float`, *optional*, defaults to `0.1`):
-            Weight of the difficulty term: examples that are still uncertain. A `"v2"` run of the paper uses `0.8`.
-        consolidation_weight (`float`, *optional*, defaults to `0.8`):
-            Weight of the consolidation term: examples whose entropy fell. A `"v2"` run of the paper uses `0.1`.
+            `"released"` (the paper's code), `"v1"` and `"v2"` (the two versions of the paper). It brings the three
+            weights that are not set. In a configuration that is made they all have values, which a copy keeps,
+            whatever its variant.
+        difficulty_weight (`float`, *optional*, defaults to `0.1`, with `"v2"` to `0.8`):
+            Weight of the difficulty term: examples that are still uncertain.
+        consolidation_weight (`float`, *optional*, defaults to `0.8`, with `"v2"` to `0.1`):
+            Weight of the consolidation term: examples whose entropy fell.
         repair_weight (`float`, *optional*, defaults to `0.1`):
             Weight of the regression-repair term: examples whose entropy rose.
         active_fraction (`float`, *optional*, defaults to `0.63`):
@@ -194,17 +196,17 @@ class WMSSConfig(SFTConfig):
         default="released",
         metadata={"help": "Formula of the sampling weights.", "choices": list(CURRICULUM_VARIANTS)},
     )
-    difficulty_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the difficulty term (examples that are still uncertain)."},
+    difficulty_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the difficulty term (still uncertain examples). Default: 0.1, with v2 0.8."},
     )
-    consolidation_weight: float = field(
-        default=0.8,
-        metadata={"help": "Weight of the consolidation term (examples whose entropy fell)."},
+    consolidation_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the consolidation term (whose entropy fell). Default: 0.8, with v2 0.1."},
     )
-    repair_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the regression-repair term (examples whose entropy rose)."},
+    repair_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the regression-repair term (whose entropy rose). Default: 0.1."},
     )
     active_fraction: float = field(
         default=0.63,
@@ -268,6 +270,7 @@ class WMSSConfig(SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         check_option_types(self, WMSSConfig)
+        self._set_weights_of_variant()
         check_options(self)
         if self.max_steps <= 0 and self.sft_epochs >= self.num_train_epochs and self.uses_weak_model:
             warnings.warn(
@@ -275,6 +278,12 @@ class WMSSConfig(SFTConfig):
                 "weak-driven epoch: the run is plain SFT. Raise `num_train_epochs` or lower `sft_epochs`.",
                 stacklevel=2,
             )
+
+    def _set_weights_of_variant(self) -> None:
+        weights = VARIANT_WEIGHTS.get(self.curriculum_variant, VARIANT_WEIGHTS["released"])
+        for option, weight in zip(TERM_WEIGHTS, weights, strict=True):
+            if getattr(self, option) is None:
+                setattr(self, option, weight)
 
     @property
     def uses_weak_model(self) -> bool:
@@ -305,9 +314,4 @@ class WMSSConfig(SFTConfig):
     @property
     def term_options(self) -> dict[str, Any]:
         """Options of [`~wmss_trl.curriculum.weights.sampling_weights`]."""
-        return {
-            "variant": self.curriculum_variant,
-            "difficulty_weight": self.difficulty_weight,
-            "consolidation_weight": self.consolidation_weight,
-            "repair_weight": self.repair_weight,
-        }
+        return {"variant": self.curriculum_variant} | {option: getattr(self, option) for option in TERM_WEIGHTS}

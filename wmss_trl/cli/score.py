@@ -59,6 +59,7 @@ class DrawConfig(WMSSConfig):
     """The options of a run, of which those of the draw are used: no device or engine is set up for the others."""
 
     def __post_init__(self):
+        self._set_weights_of_variant()
         check_options(self)
 
 
