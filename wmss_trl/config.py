@@ -127,9 +127,10 @@ class WMSSConfig(SFTConfig):
         plot_curriculum (`bool`, *optional*, defaults to `True`):
             Whether to draw a figure of each active set into the folder `curriculum` of `output_dir` and to send it to
             TensorBoard, Weights & Biases or Trackio, if they are reported to. Needs matplotlib (the extra `plots`).
-        logits_buffer_mb (`int`, *optional*, defaults to `256`):
-            Memory in MiB for the tiles of logits from which the mixed loss is computed. The full logits of a batch are
-            never held.
+        logits_buffer_mb (`int`, *optional*):
+            Memory in MiB for the tiles of logits from which the mixed loss and the scores are computed. The full
+            logits of a batch are never held. Defaults to 256; for the loss on a GPU to what three tiles need, if that
+            is more, up to 1/16 of its memory (see [`~wmss_trl.losses.buffer.default_buffer_bytes`]).
         weak_cache (`str`, *optional*):
             `"hidden"` writes the frozen weak model's last hidden states at the supervised positions to disk while it
             is scored, and training reads them instead of running it; only its LM head stays in memory. Takes
@@ -243,9 +244,12 @@ class WMSSConfig(SFTConfig):
         default=True,
         metadata={"help": "Whether to draw a figure of each active set, if matplotlib is installed."},
     )
-    logits_buffer_mb: int = field(
-        default=256,
-        metadata={"help": "Memory in MiB for the tiles of logits from which the mixed loss is computed."},
+    logits_buffer_mb: int | None = field(
+        default=None,
+        metadata={
+            "help": "Memory in MiB for the tiles of logits from which the mixed loss is computed. Defaults to 256, on "
+            "a GPU to what three tiles need."
+        },
     )
     weak_cache: str | None = field(
         default=None,
@@ -305,6 +309,11 @@ class WMSSConfig(SFTConfig):
         if "lambda_schedule" in options:
             options["lambda_schedule"] = schedule_name(self.lambda_schedule)
         return options
+
+    @property
+    def buffer_bytes(self) -> int | None:
+        """`logits_buffer_mb` in bytes."""
+        return None if self.logits_buffer_mb is None else self.logits_buffer_mb * 2**20
 
     @property
     def draw_seed(self) -> int:

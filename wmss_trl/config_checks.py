@@ -213,8 +213,8 @@ CHECKS = [
     ),
     Check(
         "logits_buffer_mb",
-        lambda args: args.logits_buffer_mb < 1,
-        "`logits_buffer_mb` must be >= 1, got {logits_buffer_mb}. The default is 256.",
+        lambda args: args.logits_buffer_mb is not None and args.logits_buffer_mb < 1,
+        "`logits_buffer_mb` must be >= 1, got {logits_buffer_mb}. Leave it unset for a size that fits the device.",
     ),
     Check(
         "label_smoothing_factor",

@@ -439,7 +439,7 @@ class WMSSTrainer(TwoPhaseTrainer):
             mixing_lambda=mixing_lambda,
             num_items=num_items,
             anchor_weight=self.args.anchor_weight,
-            buffer_bytes=self.args.logits_buffer_mb * 2**20,
+            buffer_bytes=self.args.buffer_bytes,
             logit_statistics=logit_statistics,
             loss_type=self.args.loss_type,
         )

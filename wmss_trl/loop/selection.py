@@ -23,6 +23,7 @@ from ..curriculum.packing import PackedDocuments, pack_prefix
 from ..curriculum.sampler import CurriculumSampler
 from ..distributed.engines import on_main_process
 from ..distributed.sharding import parameters_at_rest, whole_shape
+from ..losses.buffer import MIN_BUFFER_BYTES
 from ..modeling.fingerprint import fingerprint
 from ..scoring.collation import DataCollator, collated_sample, collator_name, supervised_tokens
 from ..scoring.dataset import dataset_fingerprint, example_lengths, supervised_token_counts
@@ -245,7 +246,7 @@ class Selection:
             batch_size=args.scoring_batch_size or batch_size,
             tokens_per_batch=tokens_per_batch,
             disable_tqdm=args.disable_tqdm,
-            buffer_bytes=args.logits_buffer_mb * 2**20,
+            buffer_bytes=args.buffer_bytes or MIN_BUFFER_BYTES,
         )
 
     def _make_hidden_cache(self, identity: dict[str, str]) -> HiddenCache:
