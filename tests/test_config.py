@@ -80,7 +80,7 @@ def test_each_check_names_its_options(make_args, check):
         ("scoring_tokens_per_batch", 8.5, "a whole number or None, got 8.5"),
         ("curriculum", "no", "True or False, got 'no'. Set it to one, or leave it unset for the default, True"),
         ("train_weak", "yes", "True or False, got 'yes'"),
-        ("plot_curriculum", None, "True or False, got None"),
+        ("plot_curriculum", "no", "True or False or None, got 'no'"),
         ("curriculum_replacement", 2, "True or False, got 2"),
         ("weak_refresh", True, "a string, got True"),
         ("curriculum_variant", None, "a string, got None"),

@@ -1,5 +1,4 @@
 import copy
-import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ from .config_checks import TERM_WEIGHTS, check_options
 from .curriculum.weights import CURRICULUM_VARIANTS, VARIANT_WEIGHTS
 from .losses.schedules import schedule_name
 from .option_types import check_option_types
+from .user_warnings import warn
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -124,9 +124,10 @@ class WMSSConfig(SFTConfig):
             Parquet file of `wmss-trl score` or [`WMSSTrainer.score_table`]. Its entropies serve for the first draw
             instead of a scoring pass, and its weak entropies for all draws. Needs `sft_epochs=0`: the strong entropies
             are those of the model that the run starts with.
-        plot_curriculum (`bool`, *optional*, defaults to `True`):
+        plot_curriculum (`bool`, *optional*):
             Whether to draw a figure of each active set into the folder `curriculum` of `output_dir` and to send it to
-            TensorBoard, Weights & Biases or Trackio, if they are reported to. Needs matplotlib (the extra `plots`).
+            TensorBoard, Weights & Biases or Trackio, if they are reported to. By default it is drawn if matplotlib is
+            installed (the extra `plots`).
         logits_buffer_mb (`int`, *optional*):
             Memory in MiB for the tiles of logits from which the mixed loss and the scores are computed. The full
             logits of a batch are never held. Defaults to 256; for the loss on a GPU to what three tiles need, if that
@@ -240,9 +241,9 @@ class WMSSConfig(SFTConfig):
         default=None,
         metadata={"help": "Parquet file of `wmss-trl score`, whose entropies serve for the first draw."},
     )
-    plot_curriculum: bool = field(
-        default=True,
-        metadata={"help": "Whether to draw a figure of each active set, if matplotlib is installed."},
+    plot_curriculum: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to draw a figure of each active set. Default: if matplotlib is installed."},
     )
     logits_buffer_mb: int | None = field(
         default=None,
@@ -277,7 +278,7 @@ class WMSSConfig(SFTConfig):
         self._set_weights_of_variant()
         check_options(self)
         if self.max_steps <= 0 and self.sft_epochs >= self.num_train_epochs and self.uses_weak_model:
-            warnings.warn(
+            warn(
                 f"`sft_epochs={self.sft_epochs}` with `num_train_epochs={self.num_train_epochs}` leaves no "
                 "weak-driven epoch: the run is plain SFT. Raise `num_train_epochs` or lower `sft_epochs`.",
                 stacklevel=2,
