@@ -148,9 +148,10 @@ class Plan:
             lora=LORA_RANK if variant.lora else None,
             tokens=self.batch_size * self.tokens,
             length=self.tokens,
-            gradient_checkpointing=self.checkpointing,
+            activation_checkpointing=self.checkpointing,
             dtype=self.dtype,
             bf16=self.device == "cuda",
+            logits_buffer_mb=None if self.device == "cuda" else 256,
         )
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--buffer_mb", type=int, default=256)
+    parser.add_argument("--buffer_mb", type=int, default=None, help="Default: as in a run on this device.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", default=None, help="File for the raw figures.")
@@ -101,7 +101,7 @@ def main() -> None:
         value = loss(strong_hidden, strong_weight, weak_hidden, weak_weight, targets)
         torch.autograd.grad(value, trained)
 
-    fused = partial(fused_wmss, buffer_bytes=args.buffer_mb * 2**20)
+    fused = partial(fused_wmss, buffer_bytes=args.buffer_mb and args.buffer_mb * 2**20)
     candidates = {
         "(a) TRL's fused SFT head": trl_fused_sft,
         "(a2) SFT, full logits": full_logit_sft,

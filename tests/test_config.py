@@ -1,11 +1,16 @@
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from trl import TrlParser
+from trl import SFTConfig, TrlParser
 
 from wmss_trl import WMSSConfig
+from wmss_trl.cli.score import DrawConfig
+from wmss_trl.config import convert_arguments, own_arguments
+from wmss_trl.config_checks import CHECKS
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,7 @@ from wmss_trl import WMSSConfig
         ({"label_smoothing_factor": 0.1}, r"`label_smoothing_factor=0.1` cannot be combined"),
         ({"scoring_tokens_per_batch": 0}, r"`scoring_tokens_per_batch` must be >= 1, got 0"),
         ({"scoring_batch_size": 4, "scoring_tokens_per_batch": 99}, r"Both `scoring_batch_size=4` and .*=99` are set"),
+        ({"logits_buffer_mb": 0}, r"`logits_buffer_mb` must be >= 1, got 0. Leave it unset"),
         ({"rescore_epochs": 0}, r"`rescore_epochs` must be a whole number >= 1, got 0"),
         ({"rescore_epochs": 1.5}, r"`rescore_epochs` must be a whole number, got 1.5"),
         ({"score_file": "s.parquet"}, r"`score_file='s.parquet'` .* `sft_epochs=1` .* Set `sft_epochs=0`"),
@@ -46,6 +52,13 @@ def test_bad_options_are_refused_with_option_value_and_remedy(make_args, options
         make_args(**options)
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.options)
+def test_each_check_names_its_options(make_args, check):
+    options = check.options.split()
+    assert set(options) <= vars(make_args()).keys()
+    assert all(f"`{option}" in check.message for option in options)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -53,6 +66,7 @@ def test_bad_options_are_refused_with_option_value_and_remedy(make_args, options
         ("mixing_lambda", None, "a number, got None"),
         ("mixing_lambda", True, "a number, got True"),
         ("final_mixing_lambda", [0.5], r"a number or None, got \[0.5\]"),
+        ("difficulty_weight", "0.8", "a number or None, got '0.8'"),
         ("active_fraction", float("nan"), "a number, got nan"),
         ("sft_epochs", None, "a whole number, got None. Set it to one, or leave it unset for the default, 1"),
         ("sft_epochs", 1.5, "a whole number, got 1.5"),
@@ -61,12 +75,12 @@ def test_bad_options_are_refused_with_option_value_and_remedy(make_args, options
         ("sft_epochs", float("inf"), "a whole number, got inf"),
         ("sft_epochs", True, "a whole number, got True"),
         ("rescore_epochs", "2", "a whole number, got '2'"),
-        ("logits_buffer_mb", 0.5, "a whole number, got 0.5"),
+        ("logits_buffer_mb", 0.5, "a whole number or None, got 0.5"),
         ("scoring_batch_size", "8", "a whole number or None, got '8'"),
         ("scoring_tokens_per_batch", 8.5, "a whole number or None, got 8.5"),
         ("curriculum", "no", "True or False, got 'no'. Set it to one, or leave it unset for the default, True"),
         ("train_weak", "yes", "True or False, got 'yes'"),
-        ("plot_curriculum", None, "True or False, got None"),
+        ("plot_curriculum", "no", "True or False or None, got 'no'"),
         ("curriculum_replacement", 2, "True or False, got 2"),
         ("weak_refresh", True, "a string, got True"),
         ("curriculum_variant", None, "a string, got None"),
@@ -103,6 +117,55 @@ def test_values_that_stand_for_the_right_type_are_accepted(make_args):
     assert args.weak_model_init_kwargs == {"dtype": "bfloat16"}
     assert args.lambda_schedule is linear_in_progress
     assert json.loads(args.to_json_string())["score_cache_dir"] == "scores"
+
+
+def weights_of(args):
+    return args.difficulty_weight, args.consolidation_weight, args.repair_weight
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (0.1, 0.8, 0.1)),
+        ({"curriculum_variant": "v1"}, (0.1, 0.8, 0.1)),
+        ({"curriculum_variant": "v2"}, (0.8, 0.1, 0.1)),
+        ({"curriculum_variant": "v2", "consolidation_weight": 0.8}, (0.8, 0.8, 0.1)),  # another variant's default
+        ({"curriculum_variant": "v2", "difficulty_weight": 0, "repair_weight": 0.3}, (0, 0.1, 0.3)),
+        ({"curriculum_variant": "released", "difficulty_weight": 0.8}, (0.8, 0.8, 0.1)),
+    ],
+)
+def test_a_variant_brings_the_weights_that_are_not_set(make_args, options, expected):
+    args = make_args(**options)
+    assert weights_of(args) == expected
+    assert weights_of(DrawConfig(args.output_dir, **options)) == expected
+    copies = [
+        copy.deepcopy(args),
+        own_arguments(args),
+        dataclasses.replace(args, seed=7),
+        convert_arguments(args, WMSSConfig),
+        WMSSConfig(**{name: value for name, value in args.to_dict().items() if not name.endswith("_token")}),
+    ]
+    assert [weights_of(made) for made in copies] == [expected] * len(copies)
+    assert args.to_dict()["difficulty_weight"] == expected[0]
+
+
+def test_a_copy_with_another_variant_keeps_the_weights(make_args):
+    args = dataclasses.replace(make_args(difficulty_weight=0.3), curriculum_variant="v2")
+    assert weights_of(args) == (0.3, 0.8, 0.1)
+
+
+def test_arguments_of_another_class_get_the_weights_of_the_variant(make_args):
+    args = convert_arguments(make_args(cls=SFTConfig), WMSSConfig, curriculum_variant="v2", repair_weight=0.2)
+    assert weights_of(args) == (0.8, 0.1, 0.2)
+
+
+def test_the_variant_of_a_recipe_brings_its_weights(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: run\nbf16: false\nuse_cpu: true\ncurriculum_variant: v2\nconsolidation_weight: 0.8\n"
+    )
+    for cls in (WMSSConfig, DrawConfig):
+        (args,) = TrlParser(cls).parse_args_and_config(["--config", str(tmp_path / "run.yaml"), "--repair_weight=0"])
+        assert weights_of(args) == (0.8, 0.8, 0)
 
 
 def linear_in_progress(progress):

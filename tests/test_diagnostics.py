@@ -4,6 +4,8 @@ import torch
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+import wmss_trl.loop.selection
+import wmss_trl.trainer
 from wmss_trl import WMSSTrainer
 from wmss_trl.losses.schedules import crossover_lambda
 from wmss_trl.reports.figures import plot_active_set
@@ -104,4 +106,22 @@ def test_each_redraw_leaves_a_figure_and_is_reported(make_model, make_args, toke
 def test_figures_can_be_switched_off(make_model, make_args, tokenizer, dataset, tmp_path):
     args = make_args(plot_curriculum=False, num_train_epochs=2)
     WMSSTrainer(make_model(), args, train_dataset=dataset, processing_class=tokenizer).train()
+    assert not (tmp_path / "run" / "curriculum").exists()
+
+
+def test_figures_are_the_default_where_matplotlib_is(make_model, make_args, tokenizer, dataset, tmp_path):
+    args = make_args(plot_curriculum=None, num_train_epochs=2)
+    WMSSTrainer(make_model(), args, train_dataset=dataset, processing_class=tokenizer).train()
+    assert (tmp_path / "run" / "curriculum" / "epoch_1.png").exists()
+
+
+@pytest.mark.parametrize("plot", [None, True])
+def test_without_matplotlib_only_who_asks_for_figures_is_warned(
+    make_model, make_args, tokenizer, dataset, tmp_path, monkeypatch, recwarn, plot
+):
+    for module in (wmss_trl.trainer, wmss_trl.loop.selection):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    args = make_args(plot_curriculum=plot, num_train_epochs=2)
+    WMSSTrainer(make_model(), args, train_dataset=dataset, processing_class=tokenizer).train()
+    assert sum("matplotlib" in str(warning.message) for warning in recwarn) == (plot is True)
     assert not (tmp_path / "run" / "curriculum").exists()

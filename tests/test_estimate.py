@@ -354,11 +354,26 @@ def test_accounts_by_hand(options, expected):
 
 def test_logits_buffer_and_total():
     account = memory(Setup(SIZE, weak="model", tokens=3))
-    assert account.logits_buffer == 2 * 3 * 10 * 4  # two float32 tiles of all logits
+    assert account.logits_buffer == 2 * 3 * 10 * 2  # two bfloat16 tiles of all logits
     assert account.total == sum(asdict(account).values()) - account.host
     large = replace(SIZE, vocab=200_000)
     assert memory(Setup(large, weak="model", logits_buffer_mb=100)).logits_buffer == 100 * 2**20
     assert memory(Setup(large, weak="none")).logits_buffer == 4096 * 32_768 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1878 * 200_000 * 2),  # a third of 4096 rows in blocks of 128, and a third of that for the weak logits
+        ({"bf16": False}, 1878 * 200_000 * 4),
+        ({"weak": "joint"}, 2 * 1408 * 200_000 * 2),
+        ({"tokens": 100_000}, 5 * 2**30),  # a sixteenth of 80 GiB
+        ({"tokens": 900}, 2**28),
+    ],
+)
+def test_logits_buffer_is_that_of_a_run_on_a_gpu(options, expected):
+    setup = Setup(replace(SIZE, vocab=200_000), **{"weak": "model"} | options)
+    assert memory(setup).logits_buffer == expected
 
 
 @pytest.mark.parametrize(

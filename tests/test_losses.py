@@ -1,3 +1,5 @@
+from math import ceil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from wmss_trl.losses import (
     tiles,
     token_entropy,
 )
+from wmss_trl.losses.buffer import default_buffer_bytes
 
 
 def full_logit_loss(strong, weak, targets, mixing_lambda, anchor_weight=0.0, loss_type="nll"):
@@ -453,6 +456,45 @@ def test_fused_loss_needs_no_more_memory_than_its_buffer(dtype, num_tokens, anch
     # A weight's gradient is accumulated in float32
     gradients = sum((4 if "weight" in name else x.itemsize) * x.numel() for name, x in tensors.items())
     assert gradients + 0.5 * buffer_bytes < peak <= gradients + 1.1 * buffer_bytes
+
+
+@pytest.mark.parametrize("trains_weak", [False, True])
+@pytest.mark.parametrize("vocab_size", [32_000, 151_936, 262_144])
+@pytest.mark.parametrize("num_tokens", [1, 300, 1000, 4096, 8192, 16_384])
+def test_a_gpu_takes_a_few_tiles(num_tokens, vocab_size, trains_weak):
+    """By the rows that a buffer holds, counted as the loss does it."""
+    buffer_bytes = default_buffer_bytes(num_tokens, vocab_size, 2, device_memory=80 * 2**30, trains_weak=trains_weak)
+    strong_rows, weak_rows = tiles._tile_rows(
+        num_tokens, buffer_bytes // (vocab_size * 2), trains_weak, use_triton=True
+    )
+    bounded = buffer_bytes == 5 * 2**30
+    assert ceil(num_tokens / strong_rows) <= (5 if bounded else 3)
+    assert (strong_rows + weak_rows) * vocab_size * 2 <= buffer_bytes
+    assert 2**28 <= buffer_bytes <= 5 * 2**30
+    # No more than a tile too many
+    assert buffer_bytes == 2**28 or strong_rows <= num_tokens / 3 + 128
+
+
+def test_a_cpu_and_a_small_gpu_take_256_mib():
+    assert default_buffer_bytes(8192, 151_936, 4) == 2**28
+    assert default_buffer_bytes(8192, 151_936, 4, device_memory=2**31) == 2**28
+
+
+def test_without_a_buffer_the_loss_takes_that_of_the_device(monkeypatch):
+    tensors, targets = random_heads(9, 50, torch.float32, bias=False)
+    wanted, buffer_bytes = [], buffer_for(4, 50)
+
+    def small(*args, **kwargs):
+        wanted.append((args, kwargs))
+        return buffer_bytes
+
+    monkeypatch.setattr(tiles, "default_buffer_bytes", small)
+    output = linear_mixed_cross_entropy(**tensors, targets=targets, mixing_lambda=0.5)
+    expected = linear_mixed_cross_entropy(
+        **tensors, targets=targets, mixing_lambda=0.5, buffer_bytes=buffer_for(4, 50)
+    )
+    assert wanted == [((int((targets != -100).sum()), 50, 4, None), {"trains_weak": True})]
+    assert torch.equal(output.loss, expected.loss)
 
 
 def test_fused_loss_is_exact_for_confident_models():

@@ -8,7 +8,6 @@ longer read. So all of them are listed here, and checked when the package is imp
 
 import inspect
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,8 @@ from types import CodeType
 from typing import Any
 
 from packaging.version import Version
+
+from .user_warnings import warn
 
 # The lowest and the highest release of each library that the test suite was run with
 CHECKED_WITH = {
@@ -255,7 +256,7 @@ def check_versions() -> None:
         if installed.release[: len(highest.release)] > highest.release:
             newer.append(f"{package} {installed} (checked: {_checked(package)})")
     if newer:
-        warnings.warn(
+        warn(
             f"wmss_trl was not checked with {', '.join(newer)}. It builds on private parts of these libraries, so "
             "results may be wrong: install a version that was checked.",
             stacklevel=2,
@@ -280,7 +281,7 @@ def warn_of_changes() -> None:
     changed = changes(entries)
     if changed:
         packages = sorted({change.split(".")[0].strip("`") for change in changed})
-        warnings.warn(
+        warn(
             f"wmss_trl relies on private parts of other libraries, which have changed: {'; '.join(changed)} "
             f"({versions(*packages)}). Results may be wrong: install a version that was checked.",
             stacklevel=2,

@@ -1,15 +1,15 @@
 import copy
-import math
-import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .curriculum.weights import CURRICULUM_VARIANTS
-from .losses.schedules import make_lambda_schedule, schedule_name
+from .config_checks import TERM_WEIGHTS, check_options
+from .curriculum.weights import CURRICULUM_VARIANTS, VARIANT_WEIGHTS
+from .losses.schedules import schedule_name
 from .option_types import check_option_types
+from .user_warnings import warn
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -92,11 +92,13 @@ class WMSSConfig(SFTConfig):
             trains on the whole data set and no scoring is done.
         curriculum_variant (`str`, *optional*, defaults to `"released"`):
             Formula of the sampling weights, see [`~wmss_trl.curriculum.weights.sampling_weights`]. Possible values are
-            `"released"` (the paper's code), `"v1"` and `"v2"` (the two versions of the paper).
-        difficulty_weight (`float`, *optional*, defaults to `0.1`):
-            Weight of the difficulty term: examples that are still uncertain. A `"v2"` run of the paper uses `0.8`.
-        consolidation_weight (`float`, *optional*, defaults to `0.8`):
-            Weight of the consolidation term: examples whose entropy fell. A `"v2"` run of the paper uses `0.1`.
+            `"released"` (the paper's code), `"v1"` and `"v2"` (the two versions of the paper). It brings the three
+            weights that are not set. In a configuration that is made they all have values, which a copy keeps,
+            whatever its variant.
+        difficulty_weight (`float`, *optional*, defaults to `0.1`, with `"v2"` to `0.8`):
+            Weight of the difficulty term: examples that are still uncertain.
+        consolidation_weight (`float`, *optional*, defaults to `0.8`, with `"v2"` to `0.1`):
+            Weight of the consolidation term: examples whose entropy fell.
         repair_weight (`float`, *optional*, defaults to `0.1`):
             Weight of the regression-repair term: examples whose entropy rose.
         active_fraction (`float`, *optional*, defaults to `0.63`):
@@ -122,12 +124,14 @@ class WMSSConfig(SFTConfig):
             Parquet file of `wmss-trl score` or [`WMSSTrainer.score_table`]. Its entropies serve for the first draw
             instead of a scoring pass, and its weak entropies for all draws. Needs `sft_epochs=0`: the strong entropies
             are those of the model that the run starts with.
-        plot_curriculum (`bool`, *optional*, defaults to `True`):
+        plot_curriculum (`bool`, *optional*):
             Whether to draw a figure of each active set into the folder `curriculum` of `output_dir` and to send it to
-            TensorBoard, Weights & Biases or Trackio, if they are reported to. Needs matplotlib (the extra `plots`).
-        logits_buffer_mb (`int`, *optional*, defaults to `256`):
-            Memory in MiB for the tiles of logits from which the mixed loss is computed. The full logits of a batch are
-            never held.
+            TensorBoard, Weights & Biases or Trackio, if they are reported to. By default it is drawn if matplotlib is
+            installed (the extra `plots`).
+        logits_buffer_mb (`int`, *optional*):
+            Memory in MiB for the tiles of logits from which the mixed loss and the scores are computed. The full
+            logits of a batch are never held. Defaults to 256; for the loss on a GPU to what three tiles need, if that
+            is more, up to 1/16 of its memory (see [`~wmss_trl.losses.buffer.default_buffer_bytes`]).
         weak_cache (`str`, *optional*):
             `"hidden"` writes the frozen weak model's last hidden states at the supervised positions to disk while it
             is scored, and training reads them instead of running it; only its LM head stays in memory. Takes
@@ -194,17 +198,17 @@ class WMSSConfig(SFTConfig):
         default="released",
         metadata={"help": "Formula of the sampling weights.", "choices": list(CURRICULUM_VARIANTS)},
     )
-    difficulty_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the difficulty term (examples that are still uncertain)."},
+    difficulty_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the difficulty term (still uncertain examples). Default: 0.1, with v2 0.8."},
     )
-    consolidation_weight: float = field(
-        default=0.8,
-        metadata={"help": "Weight of the consolidation term (examples whose entropy fell)."},
+    consolidation_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the consolidation term (whose entropy fell). Default: 0.8, with v2 0.1."},
     )
-    repair_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the regression-repair term (examples whose entropy rose)."},
+    repair_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the regression-repair term (whose entropy rose). Default: 0.1."},
     )
     active_fraction: float = field(
         default=0.63,
@@ -237,13 +241,16 @@ class WMSSConfig(SFTConfig):
         default=None,
         metadata={"help": "Parquet file of `wmss-trl score`, whose entropies serve for the first draw."},
     )
-    plot_curriculum: bool = field(
-        default=True,
-        metadata={"help": "Whether to draw a figure of each active set, if matplotlib is installed."},
+    plot_curriculum: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to draw a figure of each active set. Default: if matplotlib is installed."},
     )
-    logits_buffer_mb: int = field(
-        default=256,
-        metadata={"help": "Memory in MiB for the tiles of logits from which the mixed loss is computed."},
+    logits_buffer_mb: int | None = field(
+        default=None,
+        metadata={
+            "help": "Memory in MiB for the tiles of logits from which the mixed loss is computed. Defaults to 256, on "
+            "a GPU to what three tiles need."
+        },
     )
     weak_cache: str | None = field(
         default=None,
@@ -268,13 +275,20 @@ class WMSSConfig(SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         check_option_types(self, WMSSConfig)
-        self._check_weak_driven_options()
+        self._set_weights_of_variant()
+        check_options(self)
         if self.max_steps <= 0 and self.sft_epochs >= self.num_train_epochs and self.uses_weak_model:
-            warnings.warn(
+            warn(
                 f"`sft_epochs={self.sft_epochs}` with `num_train_epochs={self.num_train_epochs}` leaves no "
                 "weak-driven epoch: the run is plain SFT. Raise `num_train_epochs` or lower `sft_epochs`.",
                 stacklevel=2,
             )
+
+    def _set_weights_of_variant(self) -> None:
+        weights = VARIANT_WEIGHTS.get(self.curriculum_variant, VARIANT_WEIGHTS["released"])
+        for option, weight in zip(TERM_WEIGHTS, weights, strict=True):
+            if getattr(self, option) is None:
+                setattr(self, option, weight)
 
     @property
     def uses_weak_model(self) -> bool:
@@ -298,6 +312,11 @@ class WMSSConfig(SFTConfig):
         return options
 
     @property
+    def buffer_bytes(self) -> int | None:
+        """`logits_buffer_mb` in bytes."""
+        return None if self.logits_buffer_mb is None else self.logits_buffer_mb * 2**20
+
+    @property
     def draw_seed(self) -> int:
         """Seed of the draws of the curriculum."""
         return self.seed if self.data_seed is None else self.data_seed
@@ -305,170 +324,4 @@ class WMSSConfig(SFTConfig):
     @property
     def term_options(self) -> dict[str, Any]:
         """Options of [`~wmss_trl.curriculum.weights.sampling_weights`]."""
-        return {
-            "variant": self.curriculum_variant,
-            "difficulty_weight": self.difficulty_weight,
-            "consolidation_weight": self.consolidation_weight,
-            "repair_weight": self.repair_weight,
-        }
-
-    def _check_weak_driven_options(self) -> None:
-        if not 0 < self.mixing_lambda <= 1:
-            raise ValueError(
-                f"`mixing_lambda` must be in (0, 1], got {self.mixing_lambda}. At 0 the strong model gets no "
-                "gradient; 1 is plain SFT; the paper uses 0.5."
-            )
-        self._check_lambda_schedule()
-        if not 0 <= self.anchor_weight < 1:
-            raise ValueError(
-                f"`anchor_weight` must be in [0, 1), got {self.anchor_weight}. For plain SFT set `mixing_lambda=1.0`."
-            )
-        self._check_weak_refresh()
-        self._check_weak_cache()
-        if self.train_weak and not self.mixes_logits:
-            raise ValueError(
-                "`train_weak=True` with `mixing_lambda=1.0` gives the weak model no gradient. Lower `mixing_lambda`, "
-                "or set `train_weak=False`."
-            )
-        if self.sft_epochs < 0:
-            raise ValueError(
-                f"`sft_epochs` must be a whole number >= 0, got {self.sft_epochs}. Use 0 to start from a model that "
-                "is already fine-tuned."
-            )
-        if self.curriculum_variant not in CURRICULUM_VARIANTS:
-            raise ValueError(
-                f"`curriculum_variant` must be one of {list(CURRICULUM_VARIANTS)}, got {self.curriculum_variant!r}."
-            )
-        weights = {
-            option: getattr(self, option) for option in ("difficulty_weight", "consolidation_weight", "repair_weight")
-        }
-        for option, value in weights.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"`{option}` must be a finite number >= 0, got {value}.")
-        if not any(weights.values()):
-            raise ValueError(
-                f"{', '.join(f'`{option}`' for option in weights)} are all 0, so no example could be drawn. Make one "
-                "of them positive, or set `curriculum=False` to train on the whole data set."
-            )
-        if not 0 < self.active_fraction <= 1:
-            raise ValueError(
-                f"`active_fraction` must be in (0, 1], got {self.active_fraction}. Use 1.0 to keep as many examples "
-                "as the data set has."
-            )
-        for option in ("scoring_batch_size", "scoring_tokens_per_batch"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ValueError(
-                    f"`{option}` must be >= 1, got {value}. Leave it unset to score as many tokens at a time as a "
-                    f"training batch of {self.per_device_train_batch_size} or an evaluation batch of "
-                    f"{self.per_device_eval_batch_size} examples may have."
-                )
-        if self.scoring_batch_size is not None and self.scoring_tokens_per_batch is not None:
-            raise ValueError(
-                f"Both `scoring_batch_size={self.scoring_batch_size}` and `scoring_tokens_per_batch="
-                f"{self.scoring_tokens_per_batch}` are set. Keep one of them."
-            )
-        if self.rescore_epochs < 1:
-            raise ValueError(f"`rescore_epochs` must be a whole number >= 1, got {self.rescore_epochs}.")
-        if self.score_file is not None and not self.curriculum:
-            raise ValueError(
-                f"`score_file={self.score_file!r}` is for the curriculum, but `curriculum=False`. Remove one of them."
-            )
-        if self.score_file is not None and self.sft_epochs:
-            raise ValueError(
-                f"`score_file={self.score_file!r}` holds the strong entropies of the model that the run starts with, "
-                f"but `sft_epochs={self.sft_epochs}` changes it before the first draw. Set `sft_epochs=0` and start "
-                "from the fine-tuned model, or remove `score_file`."
-            )
-        if self.logits_buffer_mb < 1:
-            raise ValueError(f"`logits_buffer_mb` must be >= 1, got {self.logits_buffer_mb}. The default is 256.")
-        if self.mixes_logits and self.label_smoothing_factor != 0:
-            raise ValueError(
-                f"`label_smoothing_factor={self.label_smoothing_factor}` cannot be combined with the mixed loss. Set "
-                "it to 0.0."
-            )
-        if self.curriculum and self.packing and self.packing_strategy not in ("bfd", "wrapped"):
-            raise ValueError(
-                f"`packing_strategy={self.packing_strategy!r}` cannot be combined with `curriculum=True`: it cuts "
-                "documents, which are scored and drawn whole. Use 'bfd', 'wrapped' (whose rows are scored and drawn), "
-                "or set `curriculum=False`."
-            )
-        if self.curriculum and self.packing and self.packing_strategy == "bfd" and self.curriculum_replacement:
-            raise ValueError(
-                "`curriculum_replacement=True` cannot be combined with `packing=True`: a document would be packed "
-                "beside its own copy. Set one of them to False."
-            )
-        if self.curriculum and self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
-            raise ValueError(
-                f"`train_sampling_strategy={self.train_sampling_strategy!r}` cannot be combined with "
-                "`curriculum=True`. Use 'random', 'sequential' or 'group_by_length', or set `curriculum=False`."
-            )
-
-    def _check_lambda_schedule(self) -> None:
-        schedule, final = self.lambda_schedule, self.final_mixing_lambda
-        if schedule in ("linear", "cosine"):
-            if final is None or not 0 < final <= 1:
-                raise ValueError(
-                    f"`lambda_schedule={schedule!r}` needs a `final_mixing_lambda` in (0, 1], got {final}. Set it to "
-                    "the value of the last step."
-                )
-            return
-        if final is not None:
-            raise ValueError(
-                f"`final_mixing_lambda={final}` is for the schedules 'linear' and 'cosine', but `lambda_schedule` is "
-                f"{schedule_name(schedule)!r}. Remove one of them."
-            )
-        if schedule == "crossover":
-            if self.mixing_lambda != type(self).mixing_lambda:
-                raise ValueError(
-                    f"`mixing_lambda={self.mixing_lambda}` is not used with `lambda_schedule='crossover'`, which "
-                    "measures it. Remove one of them."
-                )
-            return
-        make_lambda_schedule(schedule, self.mixing_lambda)
-
-    def _check_weak_refresh(self) -> None:
-        if self.weak_refresh not in ("never", "epoch"):
-            raise ValueError(f"`weak_refresh` must be 'never' or 'epoch', got {self.weak_refresh!r}.")
-        if self.weak_refresh_device not in ("cpu", "same", "disk"):
-            raise ValueError(
-                f"`weak_refresh_device` must be 'cpu', 'same' or 'disk', got {self.weak_refresh_device!r}."
-            )
-        if self.weak_refresh == "never":
-            if self.weak_refresh_device != "cpu":
-                raise ValueError(
-                    f"`weak_refresh_device={self.weak_refresh_device!r}` is for `weak_refresh='epoch'`, but that is "
-                    "'never'. Remove one of them."
-                )
-            return
-        if self.train_weak:
-            raise ValueError(
-                "`weak_refresh='epoch'` cannot be combined with `train_weak=True`: a weak model that is replaced in "
-                "each epoch need not be trained. Keep one of them."
-            )
-        if not self.mixes_logits and self.rescore_epochs > 1:
-            raise ValueError(
-                f"`weak_refresh='epoch'` with `mixing_lambda=1.0` and `rescore_epochs={self.rescore_epochs}` would "
-                "need scores of a model that is not kept. Set `rescore_epochs=1`."
-            )
-
-    def _check_weak_cache(self) -> None:
-        if self.weak_cache is None:
-            if self.weak_cache_dir is not None:
-                raise ValueError(
-                    f"`weak_cache_dir={self.weak_cache_dir!r}` is for `weak_cache='hidden'`, but that is None. Set "
-                    "it, or remove `weak_cache_dir`."
-                )
-            return
-        if self.weak_cache != "hidden":
-            raise ValueError(f"`weak_cache` must be None or 'hidden', got {self.weak_cache!r}.")
-        reasons = {
-            "`train_weak=True` changes the weak model in each step": self.train_weak,
-            f"`weak_refresh={self.weak_refresh!r}` changes the weak model in each epoch": self.weak_refresh != "never",
-            "`mixing_lambda=1.0` needs no weak model in training": not self.mixes_logits,
-            "`curriculum=False` has no scoring pass in which it is written": not self.curriculum,
-            "`packing=True` is not supported with it in this version": self.packing,
-        }
-        for reason, applies in reasons.items():
-            if applies:
-                raise ValueError(f"`weak_cache='hidden'` cannot be used: {reason}. Remove one of them.")
+        return {"variant": self.curriculum_variant} | {option: getattr(self, option) for option in TERM_WEIGHTS}

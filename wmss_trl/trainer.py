@@ -1,5 +1,4 @@
 import copy
-import warnings
 import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -52,6 +51,7 @@ from .reports.figures import log_image, plot_redraw
 from .scoring.collation import undisturbed_random_state
 from .scoring.hidden_cache import INDEX_COLUMN, CachedHiddenCollator, check_positions
 from .scoring.table import ScoreTable
+from .user_warnings import warn
 from .weak_model.base import WeakModel
 from .weak_model.factory import keep_initial_model, make_weak_reference
 from .weak_model.ranking import AUTO, markdown_ranking, rank_checkpoints
@@ -184,7 +184,7 @@ class WMSSTrainer(TwoPhaseTrainer):
         self.curriculum_sampler: CurriculumSampler | None = None
         if not args.uses_weak_model:
             if weak_model is not None:
-                warnings.warn(
+                warn(
                     "`weak_model` is not used: `mixing_lambda=1.0` with `curriculum=False` is plain SFT.", stacklevel=2
                 )
             return
@@ -302,14 +302,15 @@ class WMSSTrainer(TwoPhaseTrainer):
             self._selection.warn_if_too_close()
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
-        if self.args.plot_curriculum and self.is_world_process_zero() and find_spec("matplotlib") is not None:
+        plots = self.args.plot_curriculum is not False and find_spec("matplotlib") is not None
+        if plots and self.is_world_process_zero():
             sampler = self.curriculum_sampler
             path = Path(self.args.output_dir) / "curriculum" / f"epoch_{sampler.drawn_epoch}.png"
             try:
                 plot_redraw(path, sampler)
                 log_image("curriculum/active_set", path, self.callback_handler.callbacks, self.state.global_step)
             except OSError as error:  # such as a full disk, which is no reason to lose the run
-                warnings.warn(f"The figure {path} cannot be written ({error}).", stacklevel=2)
+                warn(f"The figure {path} cannot be written ({error}).", stacklevel=2)
 
     def train(
         self,
@@ -439,7 +440,7 @@ class WMSSTrainer(TwoPhaseTrainer):
             mixing_lambda=mixing_lambda,
             num_items=num_items,
             anchor_weight=self.args.anchor_weight,
-            buffer_bytes=self.args.logits_buffer_mb * 2**20,
+            buffer_bytes=self.args.buffer_bytes,
             logit_statistics=logit_statistics,
             loss_type=self.args.loss_type,
         )

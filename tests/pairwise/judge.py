@@ -74,7 +74,7 @@ def settings_of(world: World, record: Record) -> Settings:
         refresh=row["weak_refresh"] == "epoch",
         curriculum=row["curriculum"] != "off",
         variant=row["curriculum"] if row["curriculum"] in ("v1", "v2") else "released",
-        term_weights=(0.8, 0.1, 0.1) if row["curriculum"] == "v2" else (0.1, 0.8, 0.1),
+        term_weights=(0.8, 0.1, 0.1) if row["curriculum"] in ("v1", "v2") else (0.1, 0.8, 0.1),
         replacement=row["curriculum"] == "replacement",
         sampling=row["sampling"].replace("-", "_"),
         group_size=GLOBAL_BATCH,

@@ -307,7 +307,7 @@ class World:
             options["final_mixing_lambda"] = 0.8
         if row["curriculum"] in ("v1", "v2"):
             options["curriculum_variant"] = row["curriculum"]
-        if row["curriculum"] == "v2":
+        if row["curriculum"] == "v1":  # the weights that "v2" brings with it
             options |= {"difficulty_weight": 0.8, "consolidation_weight": 0.1, "repair_weight": 0.1}
         if row["curriculum"] == "replacement":
             options["curriculum_replacement"] = True

@@ -56,7 +56,9 @@ weak (`list[str]`, *optional*, defaults to `["none", "model"]`):
     activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations."})
     dtype: str = field(default="float32", metadata={"help": "Dtype in which models are loaded: float32 or bfloat16."})
     bf16: bool = field(default=True, metadata={"help": "Mixed precision in bfloat16."})
-    logits_buffer_mb: int = field(default=256, metadata={"help": "Memory in MiB for the tiles of logits."})
+    logits_buffer_mb: int | None = field(
+        default=None, metadata={"help": "Memory in MiB for the tiles of logits. Default: as in a run."}
+    )
     active_fraction: float = field(default=0.63, metadata={"help": "Size of the active set, a fraction in (0, 1]."})
     peak_flops: float = field(default=989e12, metadata={"help": "FLOP/s of a GPU. Default: H100 SXM, dense bf16."})
     mfu: float = field(default=0.4, metadata={"help": "Share of it that is reached: an assumption."})

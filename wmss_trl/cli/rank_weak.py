@@ -6,6 +6,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..config import WMSSConfig, convert_arguments
+from ..losses.buffer import MIN_BUFFER_BYTES
 from ..weak_model.ranking import Separation, expand_candidates, rank_weak_models
 from .score import load_examples
 
@@ -48,5 +49,5 @@ def rank_weak(arguments: RankArguments, config: WMSSConfig) -> list[Separation]:
         DataCollatorForLanguageModeling(trainer.data_collator.pad_token_id),
         trainer.processing_class,
         trust_remote_code=config.trust_remote_code,
-        buffer_bytes=config.logits_buffer_mb * 2**20,
+        buffer_bytes=config.buffer_bytes or MIN_BUFFER_BYTES,
     )

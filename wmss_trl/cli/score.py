@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 
 from ..config import WMSSConfig
+from ..config_checks import check_options
 from ..scoring.table import ScoreTable
 from ..trainer import WMSSTrainer
 
@@ -58,7 +59,8 @@ class DrawConfig(WMSSConfig):
     """The options of a run, of which those of the draw are used: no device or engine is set up for the others."""
 
     def __post_init__(self):
-        self._check_weak_driven_options()
+        self._set_weights_of_variant()
+        check_options(self)
 
 
 def load_examples(dataset: str, config: str | None = None, split: str = "train") -> Dataset:

@@ -4,7 +4,9 @@ import warnings
 
 import numpy as np
 
-CURRICULUM_VARIANTS = ("released", "v1", "v2")
+# Of each variant, its published weights: difficulty, consolidation, repair
+VARIANT_WEIGHTS = {"released": (0.1, 0.8, 0.1), "v1": (0.1, 0.8, 0.1), "v2": (0.8, 0.1, 0.1)}
+CURRICULUM_VARIANTS = tuple(VARIANT_WEIGHTS)
 # Nats below 0 that the entropy of a certain prediction may have by rounding
 _ENTROPY_ROUNDING = 1e-6
 
@@ -36,7 +38,8 @@ def sampling_weights(
         strong_entropy (`np.ndarray` of shape `(n,)`):
             The same under the strong model.
         difficulty_weight (`float`, *optional*, defaults to `0.1`):
-            Weight of the difficulty term (still uncertain).
+            Weight of the difficulty term (still uncertain). These defaults are the same for all variants; those of
+            [`WMSSConfig`] are the variant's.
         consolidation_weight (`float`, *optional*, defaults to `0.8`):
             Weight of the consolidation term (entropy fell: learnt, keep it).
         repair_weight (`float`, *optional*, defaults to `0.1`):

@@ -7,6 +7,7 @@ DeepSpeed 0.19.8 and PyTorch 2.13); activations are estimated.
 
 from dataclasses import asdict, dataclass
 
+from ..losses.buffer import default_buffer_bytes
 from .models import ModelSize
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
@@ -17,6 +18,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _ZERO_BUCKET, _ZERO_LIVE = 500_000_000, 1_000_000_000
 # What TRL 1.16's fused head holds of the logits in SFT: tokens, vocabulary
 _TRL_TILE = (4096, 32_768)
+_GPU_MEMORY = 80 * 2**30
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Setup:
             Dtype in which models are loaded. TRL loads by name in float32; a model handed in keeps its own.
         bf16 (`bool`, *optional*, defaults to `True`):
             Mixed precision in bfloat16, TRL's default.
-        logits_buffer_mb (`int`, *optional*, defaults to `256`):
-            See [`WMSSConfig`].
+        logits_buffer_mb (`int`, *optional*):
+            See [`WMSSConfig`]. Defaults to what a run takes on a GPU of 80 GiB.
     """
 
     model: ModelSize
@@ -67,7 +69,7 @@ class Setup:
     activation_checkpointing: bool = True
     dtype: str = "float32"
     bf16: bool = True
-    logits_buffer_mb: int = 256
+    logits_buffer_mb: int | None = None
 
     def __post_init__(self):
         choices = {"engine": ENGINES, "weak": WEAK_REFERENCES, "dtype": tuple(_DTYPE_BYTES)}
@@ -279,8 +281,8 @@ def memory(setup: Setup) -> Memory:
 
     if setup.weak == "none":
         logits = 4 * min(setup.tokens, _TRL_TILE[0]) * min(model.vocab, _TRL_TILE[1])
-    else:  # a tile of either model's logits in float32
-        logits = min(setup.logits_buffer_mb * 2**20, 8 * setup.tokens * model.vocab)
+    else:  # a tile of either model's logits in the dtype of the products
+        logits = min(logits_buffer_bytes(setup), 2 * c * setup.tokens * model.vocab)
     return Memory(
         **owned,
         lm_head_gather=gather,
@@ -288,4 +290,13 @@ def memory(setup: Setup) -> Memory:
         logits_buffer=logits,
         activations=activation_bytes(setup),
         host=host,
+    )
+
+
+def logits_buffer_bytes(setup: Setup) -> int:
+    """What the tiles of logits may take."""
+    if setup.logits_buffer_mb is not None:
+        return setup.logits_buffer_mb * 2**20
+    return default_buffer_bytes(
+        setup.tokens, setup.model.vocab, setup.compute_bytes, _GPU_MEMORY, trains_weak=setup.weak == "joint"
     )

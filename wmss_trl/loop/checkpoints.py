@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from ..user_warnings import warn
 from .run_state import STATE_FILE, read_state
 
 
@@ -78,7 +78,7 @@ def _find(resume: str | Path | bool | None, output_dir: Path, has_scores: bool) 
     listed = ". ".join(f"{folder}: {'; '.join(problems)}" for folder, problems in broken.items())
     if found is not None:
         if broken:
-            warnings.warn(f"Resuming from {found}, since newer checkpoints are not whole. {listed}.", stacklevel=2)
+            warn(f"Resuming from {found}, since newer checkpoints are not whole. {listed}.", stacklevel=2)
         return str(found)
     if broken:
         raise ValueError(
@@ -86,7 +86,7 @@ def _find(resume: str | Path | bool | None, output_dir: Path, has_scores: bool) 
             "start from the beginning; scores that are already computed are kept."
         )
     if has_scores:
-        warnings.warn(
+        warn(
             f"{output_dir} has no checkpoint, but scores of a run that was stopped before its first one: starting "
             "from the beginning, with these scores.",
             stacklevel=2,

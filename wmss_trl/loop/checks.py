@@ -1,6 +1,5 @@
 """What cannot be combined in a run; every error names the option, the value and the remedy."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..distributed.engines import engine_name
+from ..user_warnings import warn
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,7 +116,7 @@ def check_lm_heads(
     """
     because = "; ".join(f"because of the {name}: {problem}" for name, problem in problems.items() if problem)
     if because:
-        warnings.warn(f"Loss and scores need the full logits, which take more memory, {because}.", stacklevel=3)
+        warn(f"Loss and scores need the full logits, which take more memory, {because}.", stacklevel=3)
     streaming = isinstance(train_dataset, IterableDataset)
     if args.lambda_schedule == "crossover" and (because or streaming):
         problem = "`train_dataset` is streaming" if streaming else "a model's logits are not those of its LM head"

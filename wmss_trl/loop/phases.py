@@ -1,7 +1,6 @@
 """The two phases of a run: what is announced of them, and whether the weak-driven one took place."""
 
 import math
-import warnings
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
@@ -10,6 +9,7 @@ from ..compatibility import versions
 from ..config import WMSSConfig
 from ..curriculum.sampler import CurriculumSampler
 from ..losses.schedules import schedule_name
+from ..user_warnings import warn
 
 
 class Phases(TrainerCallback):
@@ -60,7 +60,7 @@ class Phases(TrainerCallback):
         if self.args.max_steps > self.sft_steps:
             return True
         if self.args.process_index == 0:
-            warnings.warn(
+            warn(
                 f"`max_steps={self.args.max_steps}` ends the run within its {_steps(self.sft_steps, 'SFT')} "
                 f"(`sft_epochs={self.args.sft_epochs}`), before any weak-driven one: it is plain SFT. Raise "
                 f"`max_steps` above {self.sft_steps} or lower `sft_epochs`.",

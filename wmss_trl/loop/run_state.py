@@ -1,11 +1,11 @@
 """What a run depends on, and whether a resumed one is the same."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from ..curriculum.sampler import CurriculumSampler
+from ..user_warnings import warn
 from .epoch_plan import EpochPlan
 
 STATE_FILE = "wmss_state.json"
@@ -53,7 +53,7 @@ def migrated(checkpoint: Path, state: dict[str, Any], run: dict[str, Any], is_ph
     if state.get("format", 1) == FORMAT:
         return state
     lacking = [f"`{key}`" for key in run if key not in state["run"]]
-    warnings.warn(
+    warn(
         f"{checkpoint / STATE_FILE} was written by an earlier version of wmss_trl (format 1). What it does not hold "
         f"is taken to be as in this run: {', '.join([*lacking, 'the global batch'])}.",
         stacklevel=2,

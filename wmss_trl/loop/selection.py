@@ -1,6 +1,5 @@
 """Curriculum-enhanced data activation of a run: its training set, the scores of its two models, and the sampler."""
 
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,12 +22,14 @@ from ..curriculum.packing import PackedDocuments, pack_prefix
 from ..curriculum.sampler import CurriculumSampler
 from ..distributed.engines import on_main_process
 from ..distributed.sharding import parameters_at_rest, whole_shape
+from ..losses.buffer import MIN_BUFFER_BYTES
 from ..modeling.fingerprint import fingerprint
 from ..scoring.collation import DataCollator, collated_sample, collator_name, supervised_tokens
 from ..scoring.dataset import dataset_fingerprint, example_lengths, supervised_token_counts
 from ..scoring.hidden_cache import HiddenCache
 from ..scoring.score_cache import ScoreCache
 from ..scoring.table import ScoreTable
+from ..user_warnings import warn
 from ..weak_model.base import WeakModel
 from ..weak_model.ranking import MIN_RELATIVE_GAP, relative_gap
 
@@ -147,7 +148,7 @@ class Selection:
                 f"{f'{cut} them no supervised token.' if lost > 0 else ''}"
             )
         if args.plot_curriculum and find_spec("matplotlib") is None:
-            warnings.warn(
+            warn(
                 "`plot_curriculum=True` needs matplotlib. Install `wmss_trl[plots]`, or set `plot_curriculum=False`.",
                 stacklevel=3,
             )
@@ -245,7 +246,7 @@ class Selection:
             batch_size=args.scoring_batch_size or batch_size,
             tokens_per_batch=tokens_per_batch,
             disable_tqdm=args.disable_tqdm,
-            buffer_bytes=args.logits_buffer_mb * 2**20,
+            buffer_bytes=args.buffer_bytes or MIN_BUFFER_BYTES,
         )
 
     def _make_hidden_cache(self, identity: dict[str, str]) -> HiddenCache:
@@ -277,7 +278,7 @@ class Selection:
         table.check_dataset(path, self.fingerprint, self.token_counts)
         for name, expected in self._identity().items():
             if table.identity.get(name, expected) != expected:
-                warnings.warn(
+                warn(
                     f"`score_file={path!r}` was made with another {name.replace('_', ' ')} (or in another dtype) than "
                     "this run's.",
                     stacklevel=4,
@@ -369,7 +370,7 @@ class Selection:
                 f"The weak model is more certain than the strong one: {figures}. It looks like the better of the two: "
                 "perhaps `model` and `weak_model` are swapped. The weak model should be an earlier checkpoint."
             )
-        warnings.warn(message, stacklevel=2)
+        warn(message, stacklevel=2)
 
     def table(self) -> ScoreTable:
         """Scores, weights and draw of the first weak-driven epoch, with the strong model as it is now."""

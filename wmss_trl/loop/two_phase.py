@@ -9,7 +9,6 @@ saved.
 import contextlib
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..config import WMSSConfig
 from ..distributed.engines import check_goes_on_from_sft, checkpoint_form, engine_name, whole_state_dict
 from ..losses.schedules import Crossover, schedule_name
 from ..scoring.hidden_cache import INDEX_COLUMN, CachedHiddenCollator
+from ..user_warnings import warn
 from .checkpoints import load_renamed_weights, without_parameters
 from .epoch_plan import EpochPlan
 from .run_state import (
@@ -159,7 +159,7 @@ class TwoPhaseTrainer(SFTTrainer):
         if saved is None:  # a checkpoint of plain SFT, from which any run may go on
             check_goes_on_from_sft(checkpoint, self.args, self.accelerator)
             if self._depends_on_epochs() and not self._plan.agrees(step, saved_epoch):
-                warnings.warn(
+                warn(
                     f"{checkpoint} was saved by plain SFT at epoch {saved_epoch:.2f}. With the batches of this run, "
                     f"its {step} steps are {self.state.epoch:.2f} epochs, from where training goes on.",
                     stacklevel=2,

@@ -148,7 +148,7 @@ def linear_mixed_cross_entropy(
     weak_scale: float = 1.0,
     strong_softcap: float | None = None,
     weak_softcap: float | None = None,
-    buffer_bytes: int = 256 * 2**20,
+    buffer_bytes: int | None = None,
     logit_statistics: bool = False,
     loss_type: str = "nll",
 ) -> MixedLossOutput:
@@ -178,8 +178,9 @@ def linear_mixed_cross_entropy(
             `logits_scaling`).
         strong_softcap, weak_softcap (`float`, *optional*):
             Soft cap `c` of each model's logits, `c tanh(z / c)` (Gemma's `final_logit_softcapping`).
-        buffer_bytes (`int`, *optional*, defaults to 256 MiB):
-            Memory for the tiles of logits. At least one token's logits are held.
+        buffer_bytes (`int`, *optional*):
+            Memory for the tiles of logits. At least one token's logits are held. Defaults to 256 MiB on a CPU, and on
+            a GPU to [`~wmss_trl.losses.buffer.default_buffer_bytes`].
         logit_statistics (`bool`, *optional*, defaults to `False`):
             Whether to return the means and the centered norms of the logits too.
         loss_type:

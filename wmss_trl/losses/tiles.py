@@ -11,6 +11,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from .buffer import default_buffer_bytes
 from .options import MixOptions
 
 # Rows that a CPU takes through all operations on logits at a time: few enough to stay in its cache in between
@@ -116,14 +117,20 @@ def mix_hidden_states(
         from .triton_tiles import mix_tile
     else:
         mix_tile = _mix_tile
-    buffer_rows = options.buffer_bytes // (vocab_size * tile_dtype.itemsize)
+    valid_rows = None if options.ignore_index is None else (targets != options.ignore_index).nonzero().squeeze(-1)
+    num_rows = len(targets) if valid_rows is None else len(valid_rows)
+    buffer_bytes = options.buffer_bytes
+    if buffer_bytes is None:
+        equal_tiles = needs_weak or not use_triton
+        buffer_bytes = default_buffer_bytes(
+            num_rows, vocab_size, tile_dtype.itemsize, memory_of(device), trains_weak=equal_tiles
+        )
+    buffer_rows = buffer_bytes // (vocab_size * tile_dtype.itemsize)
     if not use_triton:
         buffer_rows -= 2 * block_rows_of(device, vocab_size)  # for scratch
         if tile_dtype != dtype:  # a product in half precision is there before it is copied into one of the two tiles
             buffer_rows = buffer_rows * 4 // 5
 
-    valid_rows = None if options.ignore_index is None else (targets != options.ignore_index).nonzero().squeeze(-1)
-    num_rows = len(targets) if valid_rows is None else len(valid_rows)
     strong_rows, weak_rows = _tile_rows(num_rows, buffer_rows, needs_weak, use_triton)
     strong_buffer, weak_buffer = (
         torch.empty(rows, vocab_size, dtype=tile_dtype, device=device) for rows in (strong_rows, weak_rows)
@@ -181,6 +188,11 @@ def _tile_rows(num_rows: int, buffer_rows: int, needs_weak: bool, use_triton: bo
 def block_rows_of(device: torch.device, vocab_size: int) -> int:
     """How many rows of logits PyTorch works on at a time; off the CPU, enough (16 MB) to be worth the launches."""
     return _BLOCK_ROWS if device.type == "cpu" else max(1, 2**22 // vocab_size)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a GPU has."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _slices(start: int, stop: int, length: int) -> Iterator[slice]:

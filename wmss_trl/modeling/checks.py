@@ -1,11 +1,12 @@
 """What a model must be, to be trained or mixed with."""
 
-import warnings
 from typing import TYPE_CHECKING
 
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+from ..user_warnings import warn
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,7 +22,7 @@ def check_model(model: "PreTrainedModel | PeftModel", has_images: bool) -> None:
     if has_images:
         raise ValueError("WMSSTrainer supports text data sets only, but `train_dataset` has images.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        warnings.warn(
+        warn(
             "No parameter of `model` requires a gradient, so nothing will be trained. Load an adapter with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`, or call `requires_grad_(True)` on what is to be "
             "trained.",

@@ -1,7 +1,6 @@
 """Makes the weak model of a run from what the user has given."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from ..modeling.adapters import (
 from ..modeling.checks import check_whole
 from ..modeling.lm_head import add_head_access, remove_head_access
 from ..modeling.modes import evaluating, unwrap_adapter
+from ..user_warnings import warn
 from .adapters import DisabledAdapter, NamedAdapter
 from .base import WeakModel
 from .frozen import FrozenModel, InitialModel
@@ -143,7 +143,7 @@ def keep_initial_model(
     """A copy of the model as it is handed in, if `peft_config` is going to leave no other trace of it."""
     if peft_config is None or args.changes_weak_model or effect_on_base(peft_config) in ("none", "moved"):
         return None
-    warnings.warn(
+    warn(
         "`peft_config` replaces or trains weights of the base, so the weak model is a copy of the whole model as it "
         "is handed in, which takes the memory of a second base.",
         stacklevel=3,
@@ -188,7 +188,7 @@ def initial_reference(
                 f"`train_weak=True` needs a second adapter beside the model's own, but {problem}. Set "
                 "`train_weak=False`, or use another adapter."
             )
-        warnings.warn(
+        warn(
             f"The adapter cannot be kept beside itself as the weak model ({problem}), so the whole model is copied, "
             "which takes the memory of a second base.",
             stacklevel=5,

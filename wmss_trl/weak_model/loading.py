@@ -1,6 +1,5 @@
 """Loading a weak model by its name, and whether its vocabulary is the strong model's."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distributed.sharding import whole_shape
 from ..modeling.adapters import load_adapter_config
 from ..modeling.modes import unwrap_adapter
+from ..user_warnings import warn
 
 
 def split_revision(name: str, init_kwargs: dict[str, Any]) -> str:
@@ -86,13 +85,12 @@ def load_tokenizer(name_or_path: str, init_kwargs: dict[str, Any]) -> PreTrained
         # For some architectures transformers 5.23 makes one without a vocabulary where it finds no files
         if len(tokenizer.get_vocab()) > len(tokenizer.added_tokens_decoder):
             return tokenizer
-    if PartialState().is_main_process:
-        warnings.warn(
-            f"The tokenizer of `weak_model={name_or_path!r}` cannot be loaded ({problem}), so only the sizes of the "
-            "vocabularies are compared. Save the tokenizer beside the weak model, or make sure that both have the "
-            "same.",
-            stacklevel=5,
-        )
+    warn(
+        f"The tokenizer of `weak_model={name_or_path!r}` cannot be loaded ({problem}), so only the sizes of the "
+        "vocabularies are compared. Save the tokenizer beside the weak model, or make sure that both have the "
+        "same.",
+        stacklevel=5,
+    )
     return None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..losses.buffer import MIN_BUFFER_BYTES
 from ..losses.entropy import next_token_targets
 from ..losses.schedules import crossover_lambda
 from ..modeling.lm_head import LMHead, add_head_access
@@ -277,7 +278,7 @@ def rank_checkpoints(
         DataCollatorForLanguageModeling(processing_class.pad_token_id),
         processing_class,
         trust_remote_code=args.trust_remote_code,
-        buffer_bytes=args.logits_buffer_mb * 2**20,
+        buffer_bytes=args.buffer_bytes or MIN_BUFFER_BYTES,
     )
 
 
