@@ -1,9 +1,8 @@
 """
-What the package relies on beyond the public interfaces of the libraries that it builds on, and whether it is still
-there.
+What the package relies on that is private in other libraries, and whether it is still there.
 
-A method that transformers renames is silently no longer overridden, and an attribute that it renames is silently no
-longer read. So all of them are listed here, and checked when the package is imported.
+If transformers renames a method, our override is silently no longer called. If it renames an attribute, that is
+silently no longer read. So all of them are listed here, and checked when the package is imported.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whoever writes them at the same time."""
+"""Files that are either whole or not there, even if several processes write them at the same time."""
 
 import time
 import uuid
@@ -7,15 +7,15 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-# Age in seconds from which nobody is still writing a file of a few megabytes
+# After so many seconds nobody is still writing a file of a few megabytes
 _ABANDONED = 3600
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    A name beside `path` to write to. The file replaces `path` if the context ends without an error, and is removed
-    otherwise. Nobody else gets the same name.
+    A name beside `path` to write to. If the context ends without an error, the file replaces `path`. Otherwise it is
+    removed. Nobody else gets the same name.
 
     Args:
         path (`Path`):

@@ -1,4 +1,4 @@
-"""Types of the options of a configuration: what comes from Python code or a YAML file is checked by nobody else."""
+"""Types of the options of a configuration. Nobody else checks what comes from Python code or a YAML file."""
 
 import os
 import types
@@ -11,8 +11,8 @@ import numpy as np
 
 def check_option_types(args: Any, cls: type) -> None:
     """
-    Check the options that a dataclass declares itself against its annotations, and give each its annotated type: a
-    whole number may be written as `1.0`, a truth value as `0` or `1`, and a path may be a `Path`.
+    Check the options that a dataclass declares itself against its annotations, and give each its annotated type. A
+    whole number may be written as `1.0` and a truth value as `0` or `1`. A path may be a `Path`.
 
     Args:
         args:

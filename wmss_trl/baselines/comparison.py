@@ -93,8 +93,8 @@ def compare_with_baselines(
     Train WMSS from M0, then its baselines from the checkpoint at the end of its phase 1 (M1).
 
     Every run goes on with M1's optimizer and schedule for as many steps as WMSS. The baselines are continued SFT at
-    several multiples of the learning rate (WMSS has only the one in `args`), and the mixed loss without a weak model,
-    which is a temperature. A baseline trains on the whole data set, WMSS on its active sets.
+    several multiples of the learning rate (WMSS has only the one in `args`), and the mixed loss without a weak model.
+    The latter is a temperature. A baseline trains on the whole data set, and WMSS on its active sets.
 
     Args:
         make_model (`Callable[[], PreTrainedModel]`):
@@ -153,7 +153,7 @@ def compare_with_baselines(
     phase_1 = _SaveAfterPhase1()
     trainer, wmss = train(WMSS, WMSSTrainer, wmss_args, callbacks=[phase_1])
     checkpoint = f"{wmss_args.output_dir}/checkpoint-{phase_1.step}"
-    if PartialState().is_main_process:  # a checkpoint of plain SFT, from which the baselines go on
+    if PartialState().is_main_process:  # make it a checkpoint of plain SFT: the baselines go on from it
         for name in (WMSSTrainer.STATE_FILE, CurriculumSampler.FILE_NAME):
             (Path(checkpoint) / name).unlink()
     PartialState().wait_for_everyone()

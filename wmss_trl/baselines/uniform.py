@@ -1,4 +1,4 @@
-"""A weak model that knows nothing: the control that tells what the weak model's knowledge is worth."""
+"""A weak model that knows nothing. As a control it shows what the knowledge of a real weak model is worth."""
 
 import torch
 from torch import nn
@@ -16,8 +16,7 @@ class UniformModel(nn.Module):
     Causal language model whose logits are all 0.
 
     As `weak_model` it turns the mixed loss into `CE(lambda * z_strong)`, the cross-entropy at temperature `1 /
-    lambda`: gradients come back without any weak model. Combine it with `curriculum=False`, since its entropies say
-    nothing.
+    lambda`: gradients come back without any weak model. Combine it with `curriculum=False`: its entropies say nothing.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):

@@ -1,4 +1,4 @@
-"""The engine that distributes a run: what can run on it, and how a frozen model is prepared for it."""
+"""The engine that distributes a run. What can run on it, and how a frozen model is prepared for it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,15 +30,15 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def checkpoint_form(args: "WMSSConfig", accelerator: Accelerator) -> str:
-    """What a checkpoint can only be resumed with."""
+    """The engine, and where it matters the number of processes, that a checkpoint can only be resumed with."""
     engine = engine_name(accelerator)
     splits_files = engine.startswith("zero") or (engine == "fsdp2" and args.weak_refresh == "epoch")
     return f"{engine}, {accelerator.num_processes} processes" if splits_files else engine
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """What a function returns that the main process alone calls. All processes must call this together; an error of
-    the function's is raised on each, so that none waits for the others."""
+    """Call a function on the main process alone and return its result on all. All processes must call this together.
+    An error of the function is raised on each of them, so that none waits for the others."""
     result, error = None, None
     if accelerator.is_main_process:
         try:
@@ -152,8 +152,8 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """
     Prepare a frozen model for the engine of a run: sharded by ZeRO-3 and FSDP2, replicated otherwise.
 
-    As TRL's DPOTrainer prepares its reference model, except that FSDP2 shards each layer for itself: as one unit the
-    whole model would be gathered at once.
+    TRL's DPOTrainer prepares its reference model in the same way, with one difference. Here FSDP2 shards each layer by
+    itself. As one unit, the whole model would be gathered at once.
     """
     engine = engine_name(accelerator)
     if engine.startswith("zero"):
@@ -162,7 +162,7 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         return prepare_deepspeed(model, accelerator)
     if engine != "fsdp2":
         return accelerator.prepare_model(model, evaluation_mode=True)
-    # Accelerate keeps the layer classes of the first model that it sees, which is to be the strong one
+    # Accelerate keeps the layer classes of the first model that it sees. That must be the strong one
     plugin = accelerator.state.fsdp_plugin
     policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     plugin.transformer_cls_names_to_wrap = None
@@ -173,7 +173,7 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def add_unit(strong: nn.Module, branch: nn.Module, accelerator: Accelerator) -> None:
-    """Let FSDP2 make units of a branch of the strong model and of its layers: it can be run without the strong one."""
+    """Let FSDP2 make units of a branch of the strong model and of its layers, so that the branch can run alone."""
     classes = {*branch._no_split_modules, type(branch).__name__}
     strong._no_split_modules = {*strong._no_split_modules, *classes}
     if engine_name(accelerator) == "fsdp2":

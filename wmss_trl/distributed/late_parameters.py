@@ -15,9 +15,9 @@ class LateParameters(TrainerCallback):
     """
     Callback for parameters that an optimizer is given long before they are trained.
 
-    A parameter without a gradient is skipped where it is stepped for itself. But DeepSpeed flattens each parameter
-    group and steps it with zero gradients: weights decay, and Adam's step count, which corrects the bias of its
-    moments, runs ahead of them. And FSDP2 cannot load a checkpoint in which a parameter has no state.
+    Most optimizers skip a parameter that has no gradient. DeepSpeed does not: it flattens each parameter group and
+    steps it with zero gradients. Then weights decay, and Adam's step count grows while its moments are zero. FSDP2
+    cannot load a checkpoint in which a parameter has no state.
 
     Args:
         optimizer (`torch.optim.Optimizer`):
@@ -50,7 +50,7 @@ class LateParameters(TrainerCallback):
                     parameter.grad = torch.zeros_like(parameter)
 
     def train(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
-        """Train the parameters in the steps to come, the `first` of which begins with fresh states."""
+        """Train the parameters in the steps to come. If these are the `first` ones, they begin with fresh states."""
         for index, weight_decay in self.weight_decays.items():
             optimizer.param_groups[index]["weight_decay"] = weight_decay
         for parameter in self._stepped_parameters(optimizer) if first else ():

@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 or ZeRO-3 keep split over the processes: as whole tensors, and as this process's part."""
+"""Parameters that FSDP2 or ZeRO-3 split over the processes: the full tensor, and the part of this process."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,12 +14,13 @@ OptionalTensor = TypeVar("OptionalTensor", bound=Tensor | None)
 
 
 def in_zero3(parameter: Tensor | None) -> bool:
-    """Whether ZeRO-3 manages a parameter, which is empty while it is not gathered."""
+    """Whether ZeRO-3 manages a parameter. Such a parameter is empty while it is not gathered."""
     return hasattr(parameter, "ds_id")
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 give up what a forward has gathered and a backward pass would release: that of the LM head, say."""
+    """Let FSDP2 release the weights that a forward has gathered, such as the LM head. After a forward without a
+    backward pass they would stay."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -56,8 +57,8 @@ def whole_shape(parameter: Tensor) -> torch.Size:
 @contextmanager
 def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
     """
-    Let the parameters that ZeRO-3 manages hold their whole values while the context lasts. All processes must enter it
-    together. Others are left alone, see [`full_tensor`].
+    Gather the parameters that ZeRO-3 manages while the context lasts. All processes must enter it together. Other
+    parameters are left alone, see [`full_tensor`].
     """
     managed = [parameter for parameter in parameters if in_zero3(parameter)]
     if not managed:
@@ -66,7 +67,7 @@ def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    # One that a module in the middle of its forward has gathered must not be released here
+    # A module in the middle of its forward may have gathered some of them. These must not be released here
     absent = [parameter for parameter in managed if parameter.ds_status != ZeroParamStatus.AVAILABLE]
     with deepspeed.zero.GatheredParameters(absent, enabled=bool(absent)):
         yield
@@ -74,7 +75,7 @@ def gathered(parameters: Iterable[Tensor | None]) -> Iterator[None]:
 
 @contextmanager
 def runnable(model: nn.Module) -> Iterator[None]:
-    """Let a model that ZeRO-3 has split when it was loaded run before it is prepared: each module gathers its own
+    """Let a model run that ZeRO-3 has split at loading and that is not yet prepared. Each module gathers its own
     parameters for its forward."""
     if not any(in_zero3(parameter) for parameter in model.parameters()):
         yield
@@ -99,8 +100,9 @@ def runnable(model: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(tensor: OptionalTensor) -> OptionalTensor:
-    """A tensor that FSDP2 may have split (and may keep in CPU memory), gathered on the device where it computes. All
-    processes must call it together."""
+    """
+    Gather a tensor that FSDP2 may have split, on the device where it computes. All processes must call it together.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.to(tensor.device_mesh.device_type).full_tensor()

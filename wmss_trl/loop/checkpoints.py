@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and whether that is whole."""
+"""Which checkpoint a run goes on from, and whether that checkpoint is whole."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: str | Path, ha
         output_dir (`str` or `Path`):
             Folder of the run.
         has_scores (`bool`):
-            Whether the run was stopped in a scoring pass, whose scores are kept: it need not have a checkpoint then.
+            Whether the run was stopped in a scoring pass. The scores are kept then, and it need not have a checkpoint.
 
     Returns:
         `str`: its folder; `None` to start from the beginning.
@@ -103,8 +103,7 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, dict[Path, l
     The newest checkpoint of a run that is whole.
 
     Returns:
-        `tuple[Path | None, dict[Path, list[str]]]`: its folder, or `None`, and what keeps each newer one from being
-        resumed from.
+        `tuple[Path | None, dict[Path, list[str]]]`: its folder, or `None`, and what is wrong with each newer one.
     """
     folders = output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     steps = {folder: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name) for folder in folders}
@@ -120,8 +119,8 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, dict[Path, l
 
 def problems_of(checkpoint: Path) -> list[str]:
     """
-    What keeps a checkpoint from being resumed from: files that a run which was killed while it wrote or removed them
-    has left out or cut off.
+    Why a run cannot be resumed from a checkpoint. Files are missing or cut off if the run was killed while it wrote or
+    removed them.
 
     What the Trainer and accelerate write was checked with transformers 5.23, accelerate 1.15 and DeepSpeed 0.19.
 
@@ -141,7 +140,7 @@ def problems_of(checkpoint: Path) -> list[str]:
     if states.get(STATE_FILE) is not None:
         state = read_state(checkpoint)
         files = state.get("files", [])
-        if state["run"].get("engine") == "replicated":  # others keep their optimizer in a form of their own
+        if state["run"].get("engine") == "replicated":  # other engines save their optimizer in another form
             files = [*files, OPTIMIZER_NAME, SCHEDULER_NAME]
         problems += [f"{name} is missing" for name in files if not (checkpoint / name).exists()]
         archives = [checkpoint / name for name in files if name.endswith((".pt", ".npz"))]
@@ -208,13 +207,13 @@ def how_to_resume(output_dir: str | Path, scores: Path | None) -> str:
 
 def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> bool:
     """
-    Load a checkpoint whose weights are not named like the model's parameters: transformers saves mixtures of experts
-    expert by expert, and GPT-NeoX with its old names. Its Trainer (checked with 5.23) does not translate them back. It
+    Load a checkpoint whose weights are not named like the model's parameters. transformers saves mixtures of experts
+    expert by expert, and GPT-NeoX with its old names. Its Trainer (checked with 5.23) does not translate them back: it
     leaves the parameters of such a model as they are, with a warning of missing keys.
 
     Args:
         model (`torch.nn.Module`):
-            The model. One with an adapter, whose base is not saved, is left alone.
+            The model. A model with an adapter is left alone, because its base is not saved.
         checkpoint (`str` or `Path`):
             Folder with the weights of a model that is not sharded.
 
@@ -238,7 +237,7 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> bool:
 
 @contextmanager
 def without_parameters(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let the optimizer load states that were saved without some of its parameters, which start with fresh ones."""
+    """Let the optimizer load states that were saved without some of its parameters. These start with fresh states."""
     absent = {id(parameter) for parameter in parameters}
     whole = [group["params"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -246,5 +245,5 @@ def without_parameters(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
     try:
         yield
     finally:
-        for group, members in zip(optimizer.param_groups, whole, strict=True):  # groups that loading has replaced
+        for group, members in zip(optimizer.param_groups, whole, strict=True):  # loading has made new groups
             group["params"] = members

@@ -1,4 +1,4 @@
-"""What cannot be combined in a run; every error names the option, the value and the remedy."""
+"""What cannot be combined in a run. Every error names the option, the value and the remedy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,7 @@ def check_examples(
     args: "WMSSConfig", given: Dataset | IterableDataset | None, prepared: Dataset | IterableDataset | None
 ) -> None:
     """
-    Check that `SFTTrainer`, which drops the examples that truncation leaves without a label, has left some.
+    Check that examples are left. `SFTTrainer` drops those that truncation leaves without a label.
 
     Args:
         args ([`WMSSConfig`]):

@@ -43,12 +43,12 @@ class EpochPlan:
         return max(1, math.ceil(self.batches(epoch) / self.accumulation))
 
     def total_steps(self, num_epochs: float) -> int:
-        """Optimizer steps in `num_epochs` epochs; a fraction counts as that share of the last epoch."""
+        """Optimizer steps in `num_epochs` epochs. A fraction counts as that share of the last epoch."""
         whole = math.floor(num_epochs)
         return math.ceil(sum(map(self.steps, range(whole))) + (num_epochs - whole) * self.steps(whole))
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Epoch that optimizer step `step` (counted from 0) belongs to, and the number of steps before it there."""
+        """Epoch of optimizer step `step` (counted from 0), and the number of steps before it in that epoch."""
         full, active = self.steps(self.sft_epochs - 1), self.steps(self.sft_epochs)
         if step < self.sft_epochs * full:
             return divmod(step, full)
@@ -56,8 +56,8 @@ class EpochPlan:
         return self.sft_epochs + epoch, within
 
     def agrees(self, step: int, epoch: float) -> bool:
-        """Whether a run of as many steps per epoch can have been at `epoch` after `step` steps. A part of an epoch is
-        counted in batches, of which its last step may have fewer."""
+        """Whether a run with these steps per epoch can have been at `epoch` after `step` steps. A part of an epoch is
+        counted in batches, and the last step of an epoch may have fewer of them."""
         whole, within = self.locate(step)
         return math.floor(epoch) == whole and math.floor((epoch - whole) * self.steps(whole) + 1e-6) == within
 
@@ -68,7 +68,6 @@ class EpochPlan:
 
 
 def batches_per_process(num_examples: int, batch_size: int, num_processes: int, drop_last: bool) -> int:
-    """Length of the data loader of each process before there is one. The Trainer's last batches are filled up, unless
-    they are dropped."""
+    """Length of the data loader that each process will have. The Trainer fills up the last batches, or drops them."""
     divide = operator.floordiv if drop_last else lambda a, b: math.ceil(a / b)
     return divide(divide(num_examples, batch_size), num_processes)

@@ -1,4 +1,4 @@
-"""The two phases of a run: what is announced of them, and whether the weak-driven one took place."""
+"""The two phases of a run: how they are announced, and whether the weak-driven one took place."""
 
 import math
 
@@ -14,11 +14,11 @@ from ..user_warnings import warn
 
 class Phases(TrainerCallback):
     """
-    Callback that announces the phases of a run and counts its weak-driven steps: those whose loss was mixed, and that
-    trained on the active set of their epoch if there is a curriculum.
+    Callback that announces the phases of a run and counts its weak-driven steps. Such a step has a mixed loss. With a
+    curriculum it also trains on the active set of its epoch.
 
-    The trainer's private overrides say what they have done (`reached`, `loss_was_mixed`); a step is counted by a
-    public callback, which does not depend on them.
+    The trainer's private overrides say what they have done (`reached`, `loss_was_mixed`). A public callback counts
+    the steps, so the count does not depend on the overrides.
 
     Args:
         args ([`WMSSConfig`]):

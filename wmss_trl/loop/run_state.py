@@ -16,7 +16,7 @@ FORMAT = 2
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:
     """
-    The state of a run in a checkpoint; `None` in a checkpoint of plain SFT.
+    The state of a run in a checkpoint. `None` in a checkpoint of plain SFT.
 
     Raises:
         ValueError: If it was written by a later version of this package.
@@ -109,8 +109,8 @@ def check_same_run(state: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 
 def check_same_steps(checkpoint: Path, before: EpochPlan, now: EpochPlan) -> None:
     """
-    Refuse to resume a run whose steps, of which the checkpoint only holds the number, are no longer the same. A step
-    may be split otherwise into batches and processes.
+    Refuse to resume a run whose steps are no longer the same. A checkpoint holds only the number of steps done. A step
+    may be split in another way into batches and processes.
 
     Args:
         checkpoint (`Path`):
@@ -141,7 +141,7 @@ def check_same_steps(checkpoint: Path, before: EpochPlan, now: EpochPlan) -> Non
 
 def check_same_place(checkpoint: Path, plan: EpochPlan, step: int, epoch: float) -> None:
     """
-    The part of [`check_same_steps`] for a checkpoint of format 1, of which only the place is known: step and epoch.
+    [`check_same_steps`] for a checkpoint of format 1. Only its step and epoch are known.
 
     Raises:
         ValueError: If the step lies in another epoch of this run.
@@ -156,7 +156,8 @@ def check_same_place(checkpoint: Path, plan: EpochPlan, step: int, epoch: float)
 
 def check_same_order(checkpoint: Path, strategy: str, before: EpochPlan, now: EpochPlan) -> None:
     """
-    Refuse to resume in the middle of an epoch over the whole data set whose order depends on the split of a step.
+    Refuse to resume in the middle of an epoch over the whole data set, if the order of that epoch depends on the split
+    of a step and the split has changed.
 
     Args:
         checkpoint, before, now:

@@ -13,8 +13,8 @@ from ..weak_model.base import WeakModel
 
 class MixedHead:
     """
-    What takes the place of the strong model's LM head in a weak-driven step. It is called with the strong model's
-    hidden states inside its forward, where FSDP2 and ZeRO-3 keep the heads whole.
+    What takes the place of the strong model's LM head in a weak-driven step. It is called inside the strong model's
+    forward, with its hidden states. There it can use the heads under FSDP2 and ZeRO-3 too.
 
     Args:
         weak_model ([`~wmss_trl.weak_model.base.WeakModel`]):
@@ -74,15 +74,15 @@ class MixedHead:
 
     def output_of(self, loss: Tensor) -> MixedLossOutput:
         """The output, with the loss that the strong model's forward has returned. The gradient must pass through that
-        one, but FSDP2 rounds its value under mixed precision."""
+        loss. Its value is not used: FSDP2 rounds it under mixed precision."""
         self.output.loss = self.output.loss.detach() + (loss - loss.detach())
         return self.output
 
 
 @torch.no_grad()
 def token_sums(mixed: MixedLossOutput, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Sums over the tokens of a batch of what is logged, under SFTTrainer's names where it has one; `num_tokens` and
-    `items` are the numbers of tokens and of those that have a target."""
+    """What is logged, summed over the tokens of a batch. SFTTrainer's names are used where it has one. `num_tokens`
+    counts all tokens and `items` those that have a target."""
     # Padding-free batches have no attention mask and no padding
     num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
     wrong_mass, mixed_wrong_mass = (

@@ -56,7 +56,7 @@ def linear_entropy(
     """
     dtype, compute_dtype, vocab_size = matmul_dtype(hidden), compute_dtype_of(hidden), weight.size(0)
     on_cpu = hidden.device.type == "cpu"
-    if on_cpu:  # where touching new memory costs more than larger products save
+    if on_cpu:  # to touch new memory costs more there than larger products save
         buffer_bytes = min(buffer_bytes, _TILE_BYTES)
     tile_rows = max(1, buffer_bytes // (2 * vocab_size * compute_dtype.itemsize))
     block_rows = min(tile_rows, block_rows_of(hidden.device, vocab_size)) if on_cpu else tile_rows
@@ -79,10 +79,10 @@ def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
         labels (`torch.Tensor` of shape `(batch, sequence)`):
             Labels as the data collator returns them.
         ignore_index (`int`, *optional*, defaults to `-100`):
-            Target given to the last position, which predicts nothing.
+            Target of the last position. That one predicts nothing.
 
     Returns:
-        `torch.Tensor` of shape `(batch * sequence,)`: the targets of the flattened logits, so that these need no
-        shifted copy.
+        `torch.Tensor` of shape `(batch * sequence,)`: the targets of the flattened logits. The logits need no shifted
+        copy.
     """
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)

@@ -7,10 +7,10 @@ The mixed-logit loss of Weak-Driven Learning (arXiv 2602.08222).
     ∂loss/∂z_strong = a (P_strong - e_y) + (1 - a) λ (P_mix - e_y)
     ∂loss/∂z_weak   = (1 - a) (1 - λ) (P_mix - e_y)
 
-`loss_type="dft"` weighs each cross-entropy by the probability of its target, through which no gradient passes: the
-one of the anchor by P_strong(y), the mixed one by P_mix(y). At λ = 1 that is Dynamic Fine-Tuning (arXiv 2508.05629).
+`loss_type="dft"` weighs each cross-entropy by the probability of its target: the one of the anchor by P_strong(y), the
+mixed one by P_mix(y). No gradient passes through these. At λ = 1 it is Dynamic Fine-Tuning (arXiv 2508.05629).
 
-The label stays the target: the weak model is never imitated, it gives probability back to plausible wrong tokens.
+The label stays the target. The weak model is never imitated: it gives probability back to plausible wrong tokens.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class MixedLossOutput:
 
     Args:
         loss (`torch.Tensor` of shape `()`):
-            `a CE(z_strong) + (1 - a) CE(z_mix)` in nats, each term weighted as `loss_type` says: the sum over valid
-            targets, divided by `num_items`.
+            `a CE(z_strong) + (1 - a) CE(z_mix)` in nats, each term weighted as `loss_type` says. It is the sum over
+            valid targets, divided by `num_items`.
         strong_log_probs, mixed_log_probs (`torch.Tensor` of shape `(N,)`):
             Log-probability of the target under the strong logits and under the mixed logits.
         strong_entropy, weak_entropy, mixed_entropy (`torch.Tensor` of shape `(N,)`):
@@ -45,7 +45,7 @@ class MixedLossOutput:
         mask (`torch.Tensor` of shape `(N,)`):
             Whether the position has a target.
         strong_logit_mean, weak_logit_mean (`torch.Tensor` of shape `(N,)`, *optional*):
-            Mean of the logits over the vocabulary, which may drift without any effect.
+            Mean of the logits over the vocabulary. It may drift without any effect.
         strong_logit_norm, weak_logit_norm (`torch.Tensor` of shape `(N,)`, *optional*):
             Norm of the centered logits, `||z - mean(z)||_2`: how sharp they are, whatever their mean.
     """
@@ -153,11 +153,12 @@ def linear_mixed_cross_entropy(
     loss_type: str = "nll",
 ) -> MixedLossOutput:
     """
-    [`mixed_cross_entropy`] from hidden states and LM heads: the logits exist one tile of tokens at a time.
+    [`mixed_cross_entropy`] from hidden states and LM heads. The logits exist one tile of tokens at a time.
 
-    The gradients are computed in the forward, while a tile's logits are there, and scaled by the upstream gradient in
-    the backward: with a frozen weak model 4 matrix products with the vocabulary, as many as TRL's fused SFT head
-    spends. Products run in the autocast dtype or else in that of the hidden states; the rest is float32.
+    The gradients are computed in the forward, while a tile's logits are there. The backward only scales them by the
+    upstream gradient. With a frozen weak model this takes 4 matrix products with the vocabulary, as many as in TRL's
+    fused SFT head. Products run in the autocast dtype, or without autocast in the dtype of the hidden states. The rest
+    is float32.
 
     Args:
         strong_hidden (`torch.Tensor` of shape `(N, H_s)`), weak_hidden (`torch.Tensor` of shape `(N, H_w)`):
@@ -165,8 +166,8 @@ def linear_mixed_cross_entropy(
         strong_weight (`torch.Tensor` of shape `(V, H_s)`), weak_weight (`torch.Tensor` of shape `(V, H_w)`):
             Weights of the LM heads.
         targets (`torch.Tensor` of shape `(N,)`):
-            Target token ids; positions equal to `ignore_index` do not count. `ignore_index=None` promises that all
-            count, which spares a GPU a synchronisation.
+            Target token ids. Positions equal to `ignore_index` do not count. `ignore_index=None` promises that all
+            count. That saves a GPU one synchronisation.
         mixing_lambda (`float`):
             Weight of the strong logits in the mix.
         strong_bias, weak_bias (`torch.Tensor` of shape `(V,)`, *optional*):
@@ -187,8 +188,8 @@ def linear_mixed_cross_entropy(
             See [`mixed_cross_entropy`].
 
     Returns:
-        [`MixedLossOutput`]: the loss, a differentiable zero if every target is ignored, and the statistics of each
-        position. Whatever requires a gradient gets one; no work is done for the others.
+        [`MixedLossOutput`]: the loss and the statistics of each position. The loss is a differentiable zero if every
+        target is ignored. Only inputs that require a gradient get one, and only they cost work.
 
     Raises:
         ValueError: If `loss_type` is unknown.
@@ -218,7 +219,7 @@ def linear_mixed_cross_entropy(
         weak_bias,
         targets,
     )
-    # Divided here, not in the tiles: in float16 the gradients of a large batch would underflow before a loss scaler's
-    # factor reaches them
+    # Divided here and not in the tiles. In float16 the gradients of a large batch would underflow there, before the
+    # factor of a loss scaler reaches them
     loss = loss / num_items.clamp(min=1)
     return MixedLossOutput(loss, *statistics[:5], is_top1, mask, *statistics[5:])

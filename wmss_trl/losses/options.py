@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class MixOptions:
-    """What the mixed loss depends on besides its tensors; pairs are (strong, weak)."""
+    """What the mixed loss depends on besides its tensors. Pairs are (strong, weak)."""
 
     mixing_lambda: float
     anchor_weight: float

@@ -1,7 +1,7 @@
 """
 Tiles of logits: how the mixed loss is computed, a few rows at a time, with its gradients.
 
-Whatever the size of a batch, the logits that exist at a time fit a buffer, and a CPU's cache while they are worked on.
+The logits that exist at a time fit a buffer, however large the batch is. On a CPU the rows at work also fit its cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ _TRITON_AVAILABLE = find_spec("triton") is not None
 
 class GradientInForward(torch.autograd.Function):
     """
-    Applies `compute(*tensors, options, needs_grad)`, which returns the summed loss, the statistics and, for whatever
-    needs one, the gradient at an upstream gradient of 1.
+    Applies `compute(*tensors, options, needs_grad)`. That returns the summed loss, the statistics and the gradients
+    that are needed, for an upstream gradient of 1.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class GradientInForward(torch.autograd.Function):
         loss, statistics, grads = compute(*tensors, options, needs_grad)
         ctx.save_for_backward(*tensors)
         ctx.compute, ctx.options, ctx.grads = compute, options, grads
-        # Not looked up in the saved tensors, which an engine that shards weights may have given back by then
+        # The saved tensors cannot be asked in the backward: an engine that shards weights may have released them
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(*statistics)
         return loss, *statistics
@@ -51,7 +51,7 @@ class GradientInForward(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`factor * grad` in `dtype`, rounded once; in place where it can be: a copy would be as large as the LM head."""
+    """`factor * grad` in `dtype`, rounded once. In place where possible: a copy would be as large as the LM head."""
     if grad.dtype == dtype:
         return grad.mul_(factor)
     return torch.mul(grad, factor.to(grad.dtype), out=torch.empty_like(grad, dtype=dtype))
@@ -61,7 +61,7 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def mix_logits(
     strong_logits: Tensor, weak_logits: Tensor, targets: Tensor, options: MixOptions, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor | None]]:
-    """The loss of full logits, a few rows at a time: the gradients are the only tensors of their size."""
+    """The loss of full logits, a few rows at a time. Only the gradients take as much memory as the logits."""
     dtype = compute_dtype_of(strong_logits)
     grads = [
         torch.zeros_like(logits) if needed else None
@@ -103,7 +103,7 @@ def mix_hidden_states(
     """The loss of hidden states and LM heads, a tile of logits at a time."""
     inputs = (strong_hidden, strong_weight, strong_bias, weak_hidden, weak_weight, weak_bias)
     grads = [
-        # Several tiles add up in a weight's gradient: in float32, or the rounding of each would accumulate
+        # Several tiles add up in a weight's gradient. In half precision their rounding errors would add up too
         torch.zeros_like(x, dtype=compute_dtype_of(x) if i % 3 else None) if needed else None
         for i, (x, needed) in enumerate(zip(inputs, needs_grad, strict=False))
     ]
@@ -128,7 +128,7 @@ def mix_hidden_states(
     buffer_rows = buffer_bytes // (vocab_size * tile_dtype.itemsize)
     if not use_triton:
         buffer_rows -= 2 * block_rows_of(device, vocab_size)  # for scratch
-        if tile_dtype != dtype:  # a product in half precision is there before it is copied into one of the two tiles
+        if tile_dtype != dtype:  # each product is computed in half precision and then copied into a tile
             buffer_rows = buffer_rows * 4 // 5
 
     strong_rows, weak_rows = _tile_rows(num_rows, buffer_rows, needs_weak, use_triton)
@@ -177,8 +177,8 @@ def _tile_rows(num_rows: int, buffer_rows: int, needs_weak: bool, use_triton: bo
         largest = max(1, buffer_rows // 2)
         rows = ceil(num_rows / ceil(num_rows / largest)) if num_rows else 0
         return rows, rows
-    # Every tile is added to the gradient of the strong weight, which takes a GPU as long to read and write as the
-    # product of some 800 rows takes. So the logits of a frozen weak model pass through a smaller buffer
+    # Every tile is added to the gradient of the strong weight. To read and write that gradient takes a GPU as long as
+    # the product of some 800 rows. So strong tiles are large, and the logits of a frozen weak model get a small buffer
     largest = buffer_rows // 2 if needs_weak else buffer_rows * 3 // 4
     strong_rows = max(1, largest // 128 * 128 or largest)  # matrix products work on blocks of 128 rows
     weak_rows = max(1, min(strong_rows, buffer_rows - strong_rows))
@@ -186,7 +186,7 @@ def _tile_rows(num_rows: int, buffer_rows: int, needs_weak: bool, use_triton: bo
 
 
 def block_rows_of(device: torch.device, vocab_size: int) -> int:
-    """How many rows of logits PyTorch works on at a time; off the CPU, enough (16 MB) to be worth the launches."""
+    """How many rows of logits PyTorch works on at a time. On a GPU, enough (16 MB) to be worth the kernel launches."""
     return _BLOCK_ROWS if device.type == "cpu" else max(1, 2**22 // vocab_size)
 
 
@@ -248,7 +248,7 @@ def _mix_block(
     needs_strong: bool,
     needs_weak: bool,
 ) -> tuple[Tensor, ...]:
-    """Statistics of a few rows; `z_strong` and `z_weak` come in holding products and leave holding their gradients."""
+    """Statistics of a few rows. `z_strong` and `z_weak` hold products at first, and their gradients at the end."""
     lam, anchor = options.mixing_lambda, options.anchor_weight
     y = targets.unsqueeze(-1)
     for z, scale, softcap in zip((z_strong, z_weak), options.scales, options.softcaps, strict=True):
@@ -283,7 +283,7 @@ def _mix_block(
 
 
 def project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`h W^T + b` into `out`, whose dtype may be wider."""
+    """Write `h W^T + b` into `out`. The dtype of `out` may be wider."""
     if out.dtype == hidden.dtype:
         torch.mm(hidden, weight.t(), out=out)
     else:
@@ -299,7 +299,7 @@ def transform_logits_(logits: Tensor, scale: float, softcap: float | None) -> Te
 
 
 def _chain_(logits: Tensor, logits_grad: Tensor, factor: float, scale: float, softcap: float | None) -> None:
-    """`factor` times the gradient of the product that [`transform_logits_`] made `logits` of, in their place."""
+    """Replace `logits` by `factor` times the gradient of the product that [`transform_logits_`] made them of."""
     if softcap is None:
         torch.mul(logits_grad, factor * scale, out=logits)
     else:
@@ -308,8 +308,10 @@ def _chain_(logits: Tensor, logits_grad: Tensor, factor: float, scale: float, so
 
 def softmax_statistics(logits: Tensor, shifted: Tensor, exps: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Entropy and log-normaliser of each row. `shifted`, which may be `logits`, receives the logits with the greatest
-    moved to 0, which the log-normaliser refers to, and `exps` their exponentials.
+    Entropy and log-normaliser of each row.
+
+    `shifted` receives the logits minus their maximum, and `exps` the exponentials of these. The log-normaliser is that
+    of the shifted logits. `shifted` may be `logits` itself.
     """
     torch.sub(logits, logits.amax(-1, keepdim=True), out=shifted)
     torch.exp(shifted, out=exps)

@@ -26,8 +26,8 @@ def effect_on_base(config: "PeftConfig") -> Literal["none", "moved", "replaced",
     What PEFT 0.21 does to the weights of a model when it puts an adapter of this configuration on it.
 
     Returns:
-        `str`: `"none"` if they stay as they are; `"moved"` if a part of them starts in the adapter, which together
-        with the rest is the model as it was; `"replaced"` if that cannot be had back; `"trained"` if they are trained
+        `str`: `"none"` if they stay as they are. `"moved"` if a part of them moves into the adapter; base and adapter
+        together are still the same model. `"replaced"` if the old weights are lost. `"trained"` if they are trained
         with the adapter.
     """
     init = str(getattr(config, "init_lora_weights", True)).lower()
@@ -49,7 +49,7 @@ def trains_base(model: "PeftModel") -> bool:
 
 @contextmanager
 def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Let PEFT switch adapters, which freezes and unfreezes them, without a trace."""
+    """Restore every `requires_grad` at the end: PEFT changes them when it switches adapters."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -63,8 +63,8 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """
     Let a model, or one of its layers, use another of its adapters, or none.
 
-    PEFT's own `set_adapter` and `disable_adapter` also change `requires_grad`, which FSDP2 reads when it gathers a
-    layer for the first time and a backward pass when it recomputes one. Private to PEFT, checked with 0.21.
+    PEFT's own `set_adapter` and `disable_adapter` also change `requires_grad`. FSDP2 reads that when it gathers a
+    layer for the first time, and a backward pass reads it when it recomputes one. Private to PEFT, checked with 0.21.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -87,8 +87,8 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 @contextmanager
 def recomputing_with(model: "PeftModel", name: str) -> Iterator[None]:
     """
-    Let the layers that are run now under activation checkpointing run again with the adapter `name`, whichever is
-    active when the backward pass gets there. Private to transformers, checked with 5.23: each checkpointed layer holds
+    Recompute with the adapter `name` the layers that run now under activation checkpointing. Another adapter may be
+    active by the time of the backward pass. Private to transformers, checked with 5.23: each checkpointed layer holds
     its checkpoint function.
     """
     layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
@@ -106,8 +106,9 @@ def recomputing_with(model: "PeftModel", name: str) -> Iterator[None]:
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:
     """
-    Stop bitsandbytes from packing 4-bit weights in the first forward in eval mode on a CPU: no gradient passes through
-    packed ones, so scoring would end the training of all adapters below. Private to bitsandbytes, checked with 0.50.
+    Stop bitsandbytes from packing 4-bit weights on a CPU. It packs them in the first forward in eval mode, and no
+    gradient passes through packed weights. So a scoring pass would end the training of all adapters in lower layers.
+    Private to bitsandbytes, checked with 0.50.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -50,7 +50,7 @@ def check_whole(model: nn.Module, name: str, init_kwargs: str) -> None:
     Raises:
         ValueError: If it was.
     """
-    # As the Trainer of transformers 5.23 counts them: layers that are kept in CPU memory run on the device of the rest
+    # As the Trainer of transformers 5.23 counts them. Layers kept in CPU memory run on the device of the other layers
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
     if len(devices) > 1:
         raise ValueError(

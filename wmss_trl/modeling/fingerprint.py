@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 
 def fingerprint(parameters: dict[str, nn.Parameter]) -> str:
-    """Hash of the names, shapes and dtypes of parameters, of the sum of each one's bit patterns and of up to 64 of its
-    values: cheap, and enough to tell even neighbouring checkpoints apart. All processes must call it together."""
+    """
+    Hash of parameters: their names, shapes and dtypes, the sum of each one's bit patterns, and up to 64 of its values.
+
+    That is cheap, and tells even neighbouring checkpoints apart. All processes must call it together.
+    """
     digest = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""Reaching a model's last hidden states and LM head from inside its forward, where wrappers keep them whole."""
+"""A model's last hidden states and LM head, reached from inside its forward. There every wrapper lets us use them."""
 
 import functools
 import inspect
@@ -53,11 +53,11 @@ class LMHead:
 
 class HeadOutput(TypedDict):
     """
-    What a forward with `positions` returns: a plain dict, in which DDP, FSDP2 and DeepSpeed all find the tensors.
+    What a forward with `positions` returns. It is a plain dict: DDP, FSDP2 and DeepSpeed all find the tensors in it.
 
     Args:
         value (`Any`):
-            The hidden states of shape `(len(positions), H)`, or what the function that was given them returned.
+            The hidden states of shape `(len(positions), H)`. With a function `with_lm_head`, what that returned.
         aux_loss (`torch.Tensor` of shape `()` or `None`):
             Load-balancing loss of a mixture of experts, if its router logits were asked for.
     """
@@ -85,8 +85,8 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
 def lm_head_of(model: nn.Module) -> LMHead:
     """The LM head of a causal language model that is not wrapped in an adapter, as this process holds it."""
     lm_head = model.get_output_embeddings()
-    # A frozen one is read past DeepSpeed's attribute access. In the forward of another module that makes ZeRO-3 gather
-    # a parameter for the whole of this and every later forward and backward pass, which only its gradient needs.
+    # A frozen head is not read through DeepSpeed's attribute access. Inside the forward of another module, that access
+    # makes ZeRO-3 gather the parameter in this and every later forward and backward pass. Only a gradient needs that.
     own = dict(lm_head.named_parameters(recurse=False))
     if "weight" in own and not any(parameter.requires_grad for parameter in own.values()):
         return LMHead(own["weight"], own.get("bias"), *logit_transform(model.config))
@@ -95,8 +95,8 @@ def lm_head_of(model: nn.Module) -> LMHead:
 
 @contextmanager
 def whole_lm_head(head: LMHead) -> Iterator[LMHead]:
-    """An LM head whose weight may be split over the processes, gathered while the context lasts. No module may run
-    meanwhile: under ZeRO-3 an embedding that shares the weight would release it."""
+    """Gather an LM head that may be split over the processes, while the context lasts. No module may run meanwhile:
+    under ZeRO-3 an embedding that shares the weight would release it."""
     with gathered([head.weight, head.bias]):
         yield replace(head, weight=full_tensor(head.weight), bias=full_tensor(head.bias))
 
@@ -108,8 +108,8 @@ def add_head_access(model: nn.Module) -> str | None:
 
     The function is called inside the forward, so it can use the head under any wrapper of the model, within
     [`whole_lm_head`]. `model.has_head_access` tells whether this can be relied on. Without `positions` the forward is
-    the one that it was, except that `model(..., beside=function)` first calls `function()`, also inside the forward,
-    and returns a `dict` with `"outputs"` and `"beside"`.
+    the original one. `model(..., beside=function)` first calls `function()`, also inside the forward, and returns a
+    `dict` with `"outputs"` and `"beside"`.
 
     Args:
         model (`torch.nn.Module`):
@@ -156,7 +156,7 @@ def add_head_access(model: nn.Module) -> str | None:
 
 def remove_head_access(model: nn.Module) -> None:
     """Give a model its own forward back, if [`add_head_access`] has patched it in another run. What that run has put
-    around it, such as autocast, goes too, so that the next one prepares it anew."""
+    around the forward, such as autocast, goes too. The next run prepares the model anew."""
     forward = vars(model).pop("forward_without_head_access", None)
     if forward is not None:
         model.forward = forward
@@ -166,8 +166,10 @@ def remove_head_access(model: nn.Module) -> None:
 
 def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
     """
-    Load-balancing loss of a mixture of experts, as the forward of its class computes it (checked with transformers
-    5.23: most families have a copy of Mixtral's function, and keep the number of experts in the model or its config).
+    Load-balancing loss of a mixture of experts, as the forward of its class computes it.
+
+    Checked with transformers 5.23. Most families have a copy of Mixtral's function. They keep the number of experts in
+    the model or in its config.
 
     Args:
         model (`torch.nn.Module`):
@@ -195,7 +197,7 @@ def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_m
 
 
 def _head_problem(model: nn.Module) -> str | None:
-    """Tries the head: an architecture that does to its logits what [`logit_transform`] does not know is found out."""
+    """Try the head on a few tokens. This detects an architecture whose logits [`logit_transform`] does not know."""
     if getattr(model, "base_model", model) is model:
         return "it has no base model that returns hidden states"
     lm_head = model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""What a data collator makes of examples: which tokens of a batch are whose, and whether it is the same each time."""
+"""What a data collator makes of examples. Which tokens belong to which example, and whether it is always the same."""
 
 import hashlib
 import random
@@ -109,7 +109,7 @@ def collated_sample(
         batch_size (`int`):
             Number of examples in a batch.
         seed (`int`):
-            Seed of Python's, NumPy's and PyTorch's global generators meanwhile.
+            Seed that Python's, NumPy's and PyTorch's global generators get for this.
 
     Returns:
         `tuple[str, list[dict[str, Any]]]`: a hash of the batches, and the batches.
@@ -135,7 +135,7 @@ def collated_sample(
 
 @contextmanager
 def undisturbed_random_state() -> Iterator[None]:
-    """Give every random generator that training may use its state back: a collator may draw from them."""
+    """Restore every random generator that training may use. A collator may draw from them."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

@@ -10,8 +10,8 @@ from datasets import Dataset
 
 def length_batches(lengths: np.ndarray, batch_size: int = 8, tokens_per_batch: int | None = None) -> list[np.ndarray]:
     """
-    Batches of examples of similar length, so that little is padded. The longest come first: a lack of memory shows at
-    once.
+    Batches of examples of similar length, so that there is little padding. The longest come first, so that a lack of
+    memory shows at once.
 
     Args:
         lengths (`np.ndarray` of shape `(n,)`):
@@ -19,7 +19,7 @@ def length_batches(lengths: np.ndarray, batch_size: int = 8, tokens_per_batch: i
         batch_size (`int`, *optional*, defaults to `8`):
             Number of examples in a batch.
         tokens_per_batch (`int`, *optional*):
-            Number of tokens in a batch, padding included, which replaces `batch_size`.
+            Number of tokens in a batch, padding included. Replaces `batch_size`.
 
     Returns:
         `list[np.ndarray]`: the indices of each batch's examples.
@@ -63,8 +63,8 @@ def supervised_token_counts(dataset: Dataset) -> np.ndarray:
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Hash of the tokens and the labels of a tokenized data set: another tokenizer, `max_length` or mask gives another
-    one, another way to the same tokens does not."""
+    """Hash of the tokens and labels of a tokenized data set. Another tokenizer, `max_length` or mask changes it.
+    Another way to the same tokens does not."""
     digest = hashlib.sha256()
     for column in ("input_ids", "labels"):
         if column in dataset.column_names:
@@ -75,6 +75,6 @@ def dataset_fingerprint(dataset: Dataset) -> str:
 
 
 def _list_arrays(dataset: Dataset, column: str) -> Iterator[pa.ListArray]:
-    """The lists of a column as Arrow arrays, since Python lists of every token take minutes on a large data set."""
+    """The lists of a column as Arrow arrays. Python lists of every token would take minutes on a large data set."""
     for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000):
         yield table[column].combine_chunks()

@@ -26,7 +26,7 @@ from .collation import (
 )
 from .dataset import example_lengths, length_batches
 
-# Forwards per process between two gatherings of the results, which are also what an interrupted pass keeps
+# Forwards per process between two gatherings of the results. An interrupted pass keeps what has been gathered
 _ROUNDS_PER_SHARD = 64
 
 
@@ -58,8 +58,8 @@ def score_entropy(
         batch_size (`int`, *optional*, defaults to `8`):
             Number of examples in a forward pass. The result does not depend on it beyond float rounding.
         tokens_per_batch (`int`, *optional*):
-            Number of tokens in a forward pass, padding included, which replaces `batch_size`. An example that is
-            longer has a forward pass of its own.
+            Number of tokens in a forward pass, padding included. Replaces `batch_size`. A longer example has a forward
+            pass of its own.
         accelerator ([`~accelerate.Accelerator`], *optional*):
             If given, its processes share the batches and all get the whole result.
         description (`str`, *optional*, defaults to `"Scoring"`):
@@ -106,7 +106,7 @@ def score_models(
     on_hidden: Mapping[str, Callable[[np.ndarray, tuple[Tensor, ...]], None]] | None = None,
 ) -> dict[str, np.ndarray]:
     """
-    [`score_entropy`] of several models in one pass over the data set, whose examples are collated once.
+    [`score_entropy`] of several models in one pass over the data set. Each example is collated once.
 
     Args:
         models (`dict[str, Callable]`):
@@ -116,9 +116,9 @@ def score_models(
         on_progress (`Callable`, *optional*):
             Receives the results so far, NaN where there are none, every few batches and on every process.
         on_hidden (`dict[str, Callable]`, *optional*):
-            For some of the models, a function that receives the indices of a batch's examples and for each of them the
-            hidden states of its supervised positions, of shape `(tokens, H)`, on the process that has computed them.
-            Needs [`~wmss_trl.modeling.lm_head.add_head_access`].
+            A function for some of the models. It receives the indices of a batch's examples, and for each example the
+            hidden states of its supervised positions, of shape `(tokens, H)`. It is called on the process that has
+            computed them. Needs [`~wmss_trl.modeling.lm_head.add_head_access`].
         dataset, data_collator, batch_size, tokens_per_batch, accelerator, description, disable_tqdm, buffer_bytes:
             See [`score_entropy`].
 
@@ -145,8 +145,8 @@ def score_models(
         for first in range(0, len(batches), world_size * _ROUNDS_PER_SHARD):
             shard = batches[first : first + world_size * _ROUNDS_PER_SHARD]
             rounds = [shard[start : start + world_size] for start in range(0, len(shard), world_size)]
-            # Every rank runs the same number of forwards (sharded models would hang otherwise): the ranks that the
-            # last round leaves without a batch repeat one and drop the result.
+            # Every rank runs the same number of forwards, or sharded models would hang. In the last round some ranks
+            # may have no batch. They repeat one and drop the result.
             collated = []
             for share in rounds:
                 indices = share[min(rank, len(share) - 1)]
@@ -202,7 +202,7 @@ def _batch_entropy(
     buffer_bytes: int,
     keep_hidden: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Entropy of each example of a batch, whose examples have `lengths` tokens."""
+    """Entropy of each example of a batch. The examples have `lengths` tokens."""
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     labels = batch.pop("labels")
     mask = next_token_targets(labels) != -100
@@ -210,7 +210,7 @@ def _batch_entropy(
         positions = mask.nonzero().squeeze(-1)
         per_token = torch.zeros(len(mask), device=device)
 
-        def entropy(hidden: Tensor, head: LMHead) -> None:  # returns none, since FSDP2 rounds what a forward returns
+        def entropy(hidden: Tensor, head: LMHead) -> None:  # not returned: FSDP2 rounds what a forward returns
             if keep_hidden is not None:
                 keep_hidden(hidden)
             with whole_lm_head(head) as head:

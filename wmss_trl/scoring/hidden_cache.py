@@ -1,4 +1,4 @@
-"""Hidden states of the frozen weak model on disk, so that training reads them instead of running it."""
+"""Hidden states of the frozen weak model on disk. Training reads them instead of running the model."""
 
 import errno
 import hashlib
@@ -26,9 +26,9 @@ class HiddenCache:
     """
     Last hidden states of a model at the supervised positions of a data set, in a file.
 
-    Every process writes the examples that it has scored into the same file, so all need the same folder; several runs
-    may share it. A second file holds a checksum for each example that has been written, by which a later run finds out
-    what an interrupted one, or a crash of the machine, has left whole.
+    Every process writes the examples that it has scored into the same file, so all need the same folder. Several runs
+    may share it. A second file holds a checksum of each example that has been written. After an interrupted run or a
+    crash of the machine, a later run can tell from it which examples are whole.
 
     Args:
         folder (`str` or `Path`):
@@ -44,7 +44,7 @@ class HiddenCache:
 
     Attributes:
         done (`np.ndarray` of shape `(n,)`):
-            Whether this run knows each example's hidden states to be in the file: the same on every process.
+            Whether this run knows that the hidden states of an example are in the file. The same on every process.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class HiddenCache:
 
     def create(self, log: Callable[[str], None]) -> None:
         """
-        Make the files, unless they are there, with all of their room on the disk. For the main process, before the
-        others go on.
+        Make the files with all of their room on the disk, unless they are there. The main process calls this before
+        the others go on.
 
         Raises:
             ValueError: If the disk has less room than they need.
@@ -131,7 +131,7 @@ class HiddenCache:
         for path, size in sizes.items():
             is_new = not path.exists()
             try:
-                # Not truncated: another run may just have made it, and write into it
+                # Not truncated: another run may just have made it and be writing into it
                 with self._disk_errors_explained(), path.open("ab") as file:
                     _allocate(file, size)
             except BaseException:
@@ -140,7 +140,7 @@ class HiddenCache:
                 raise
 
     def find_whole(self) -> np.ndarray:
-        """Which examples an earlier run has left whole: reads all that it has left. For the main process."""
+        """Which examples an earlier run has left whole. Reads both files. For the main process."""
         whole = np.zeros_like(self.done)
         if _size(self.path) < self.num_bytes or _size(self.marks_path) < _MARK.itemsize * len(whole):
             return whole
@@ -167,8 +167,8 @@ class HiddenCache:
             self._file = self.path.open("r+b")
         for index, rows in zip(indices.tolist(), hidden, strict=True):
             check_positions(int(self.token_counts[index]), len(rows), f"example {index}")
-            # Not through a mapping: on a full disk, or from another machine on a shared one, that ends the process or
-            # writes its neighbours' rows too
+            # Not through a memory map. On a full disk that would end the process. On a disk shared with another
+            # machine it would write the rows of neighbouring examples too
             data = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
             with self._disk_errors_explained():
                 self._file.seek(int(self.offsets[index]) * self._row_bytes)
@@ -177,7 +177,7 @@ class HiddenCache:
 
     def flush(self, done: np.ndarray) -> None:
         """
-        Bring to the disk what this process has written, and only then mark it.
+        Bring to the disk what this process has written, and mark it only after that.
 
         Args:
             done (`np.ndarray` of shape `(n,)`):
@@ -211,7 +211,7 @@ class HiddenCache:
 
 
 def _mark(rows: np.ndarray) -> int:
-    """What stands for an example that has been written: its checksum, and a bit that is set."""
+    """The mark of an example that has been written: its checksum, and one bit so that it is never 0."""
     return 1 << 32 | zlib.crc32(np.ascontiguousarray(rows))
 
 
@@ -220,7 +220,7 @@ def _size(path: Path) -> int:
 
 
 def _allocate(file: BinaryIO, size: int) -> None:
-    """Make a file, opened for appending, at least so long, with disk space for all of it; what it holds stays."""
+    """Make a file that is opened for appending at least `size` bytes long, all on the disk. Its content stays."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size)

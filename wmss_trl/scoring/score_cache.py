@@ -1,4 +1,4 @@
-"""Scores on disk: the cache of a run, and the table that people read, select from and start a run with."""
+"""Scores of a run on disk, so that nothing is scored twice."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ Activated = Callable[[], AbstractContextManager[nn.Module]]
 
 class ScoreCache:
     """
-    Scores the models of a run on its data set and keeps the results: nothing is scored twice, and an interrupted pass
-    goes on where it was.
+    Scores the models of a run on its data set and keeps the results. Nothing is scored twice. An interrupted pass goes
+    on where it was.
 
     One file per model holds its entropies, NaN where there are none yet. Its name is a hash of the data set, the model
-    and the settings: what changes a score changes the file.
+    and the settings. Whatever changes a score also changes the name.
 
     Args:
         folder (`str` or `Path`):
@@ -65,7 +65,7 @@ class ScoreCache:
         description: str | None = None,
     ) -> dict[str, np.ndarray]:
         """
-        Entropies of the models, read as far as they are on disk and computed in one pass where they are not.
+        Entropies of the models. Those on disk are read. The others are computed in one pass.
 
         Args:
             models (`dict[str, Callable]`):

@@ -17,7 +17,7 @@ from ..files import replacing
 @dataclass
 class ScoreTable:
     """
-    Scores of a data set as a table of one row per example, which Parquet keeps.
+    Scores of a data set as a table of one row per example. It is kept as a Parquet file.
 
     | column | |
     |---|---|
@@ -50,7 +50,7 @@ class ScoreTable:
     @classmethod
     def read(cls, path: str | Path) -> "ScoreTable":
         """
-        Read a Parquet file, in whatever order its rows are.
+        Read a Parquet file. Its rows may be in any order.
 
         Raises:
             ValueError: If it is no such file, a column is missing, or the indices are not 0 to n-1, each once.
@@ -110,7 +110,7 @@ class ScoreTable:
         return Dataset(self._arrow())
 
     def write(self, path: str | Path) -> None:
-        """Write a Parquet file; an interrupted write leaves what was there."""
+        """Write a Parquet file. If that is interrupted, the old file stays."""
         with replacing(Path(path)) as partial:
             pq.write_table(self._arrow(), partial)
 

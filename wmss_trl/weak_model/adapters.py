@@ -22,12 +22,12 @@ from .base import WeakModel
 
 class DisabledAdapter(WeakModel):
     """
-    The base of a PEFT model, which is the model with its adapter switched off: it costs no memory.
+    The base of a PEFT model: the same weights with the adapter switched off. It costs no memory.
 
     Args:
         strong (`Callable[[], peft.PeftModel]`):
-            Returns the strong model as it is now. Its adapter must have started as the identity, or the base is not
-            the model that training started from.
+            Returns the strong model as it is now. Its adapter must have started as the identity. Otherwise the base is
+            not the model that training started from.
     """
 
     on_strong_base = True
@@ -35,7 +35,7 @@ class DisabledAdapter(WeakModel):
     def __init__(self, strong: Callable[[], "PeftModel"]):
         self.strong = strong
         self.head_problem = None  # it is the strong model's own head
-        # Not kept: FSDP2 replaces the parameters, and these would stay in memory whole
+        # The parameters are not kept: FSDP2 replaces them, and the old ones would stay in memory
         self.fingerprint = fingerprint({name: p for name, p in self.model.named_parameters() if not p.requires_grad})
 
     @property

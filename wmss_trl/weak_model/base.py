@@ -36,8 +36,8 @@ class WeakModel(ABC):
         on_strong_base (`bool`):
             Whether it is the strong model with another adapter, or none.
         starts_as_strong (`bool`):
-            Whether the strong model as it is handed in, where this stands for it, still has its outputs when training
-            starts.
+            Only for a weak model that stands for the strong one as handed in. Whether the strong model still has the
+            same outputs when training starts.
     """
 
     fingerprint: str
@@ -53,17 +53,17 @@ class WeakModel(ABC):
         """The model to call for weak logits, in eval mode and without gradients while the context lasts."""
 
     def lm_head(self) -> LMHead:
-        """The LM head of the weak model, wherever that is kept; see [`~wmss_trl.modeling.lm_head.whole_lm_head`]."""
+        """The weak model's LM head, as this process holds it. See [`~wmss_trl.modeling.lm_head.whole_lm_head`]."""
         with self.activated() as model:
             return lm_head_of(unwrap_adapter(extract_model_from_parallel(model)))
 
     def keep_only_lm_head(self) -> None:  # noqa: B027
-        """Give back the memory of what is not needed when hidden states are read from a cache, if it can be."""
+        """Free the memory of all but the LM head, if possible. For hidden states that are read from a cache."""
 
     def before_forward(self, inputs: dict[str, Any], positions: Tensor) -> Tensor | None:
         """
-        The weak model's part of a training step that can be done before the strong model's forward, so that its memory
-        is free again in that.
+        What a training step can do with the weak model before the strong model's forward. Its memory is free again by
+        then.
 
         Args:
             inputs (`dict[str, Any]`):
@@ -72,11 +72,11 @@ class WeakModel(ABC):
                 Flat indices of the supervised positions.
 
         Returns:
-            `torch.Tensor` of shape `(N, H)` or `None`: the hidden states at these positions. `None` where they can be
-            had only inside the strong model's forward.
+            `torch.Tensor` of shape `(N, H)` or `None`: the hidden states at these positions. `None` if they can only
+            be computed inside the strong model's forward.
         """
         if self.on_strong_base and in_zero3(next(self.model.parameters())):
-            # ZeRO-3 expects the modules in the order of the last steps, which a forward of its own would upset
+            # ZeRO-3 expects the modules in the order of the last steps. A separate forward would break that order
             return None
         with self.activated() as model:
             return model(**inputs, positions=positions)["value"]
@@ -89,15 +89,15 @@ class WeakModel(ABC):
         function: Callable[[Tensor, LMHead], T],
     ) -> T:
         """
-        The rest of it, inside the strong model's forward.
+        What a training step does with the weak model inside the strong model's forward.
 
         Args:
             inputs (`dict[str, Any]`), positions (`torch.Tensor` of shape `(N,)`):
-                As before the forward.
+                See [`before_forward`].
             hidden (`torch.Tensor` of shape `(N, H)`, *optional*):
                 The hidden states, if they are known.
             function (`Callable`):
-                Called with the weak hidden states and the weak LM head, where that can be reached.
+                Called with the weak hidden states and the weak LM head. It may use the head.
 
         Returns:
             What the function returns.
@@ -113,7 +113,7 @@ class WeakModel(ABC):
             return model(**inputs).logits
 
     def current_fingerprint(self) -> str:
-        """Identity of the weights as they are now; `fingerprint` is that of the start."""
+        """Identity of the weights as they are now. `fingerprint` is their identity at the start."""
         return fingerprint(self._parameters())
 
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -121,6 +121,6 @@ class WeakModel(ABC):
 
 
 def backbone_states(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """Hidden states of a model that is in the middle of its forward: its backbone is run again."""
+    """Run the backbone of a model that is in the middle of its forward once more, for its hidden states."""
     outputs = unwrap_adapter(model).base_model(**inputs | {"use_cache": False})
     return outputs.last_hidden_state.flatten(0, 1)[positions]

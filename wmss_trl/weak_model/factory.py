@@ -55,7 +55,7 @@ def make_weak_reference(
             Hub id, checkpoint folder or model. `None` stands for `args.weak_model_name_or_path` or else for the strong
             model as it is now (M0).
         current_strong (`Callable[[], transformers.PreTrainedModel | peft.PeftModel]`):
-            Returns the model that is going to be trained as it is now: the engine may wrap it later.
+            Returns the model that is going to be trained. The engine may wrap it later, so it is asked for each time.
         args ([`WMSSConfig`]):
             Arguments of the run.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -160,11 +160,13 @@ def initial_reference(
     current_strong: Callable[[], "PreTrainedModel | PeftModel"], args: "WMSSConfig", peft_config: "PeftConfig | None"
 ) -> WeakModel | PreTrainedModel:
     """
-    The model as it was handed in (M0), which the strong one still is or has in it: a reference to that part, or a copy
-    of the whole.
+    The model as it was handed in (M0), as a weak model.
+
+    The strong model still is M0, or has it as its base. The result is a reference to that part, or a copy of the whole
+    model.
 
     Raises:
-        ValueError: If an adapter that is new, or the only one that the model can have, stands against it.
+        ValueError: If a new adapter changes the model, or the model cannot have a second adapter.
     """
     strong = current_strong()
     if peft_config is not None and args.changes_weak_model:
@@ -214,7 +216,7 @@ def check_start_of_adapter(strong: "PeftModel", args: "WMSSConfig", peft_config:
 
 
 def starts_as_base(model: "PeftModel") -> bool:
-    """Tries whether an adapter leaves the outputs of its base as they are, as most do before they are trained."""
+    """Try whether an adapter leaves the outputs of its base unchanged. Most do before they are trained."""
     device = model.get_input_embeddings().weight.device
     inputs = {"input_ids": torch.arange(8, device=device).view(1, -1), "use_cache": False}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -251,7 +253,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         if in_zero3(parameter):  # the copy is empty
             with gathered([parameter]):
                 copied.data = parameter.data.to("cpu", copy=True)
-    # A patched forward (TRL 1.16's fused LM head, ours) is an instance attribute whose closure runs the original model
+    # A patched forward (TRL 1.16's fused LM head, ours) is an attribute of the instance. It runs the original model
     for patch in ("forward", "forward_without_head_access"):
         vars(unwrap_adapter(weak)).pop(patch, None)
     return weak

@@ -40,7 +40,7 @@ class FrozenModel(WeakModel):
     def __init__(
         self, model: PreTrainedModel, accelerator: Accelerator, head_problem: str | None = None, owned: bool = False
     ):
-        # Before it is prepared, so that it has the same identity under every engine
+        # Taken before the model is prepared, so that it is the same under every engine
         self.fingerprint = fingerprint(dict(model.named_parameters()))
         self.model = prepare_frozen(model.requires_grad_(False).eval(), accelerator)
         self.owned = owned
@@ -55,11 +55,11 @@ class FrozenModel(WeakModel):
     def keep_only_lm_head(self) -> None:
         if self.owned and not is_sharded(self.model):
             head = self.lm_head()
-            # Tensors of their own: PyTorch may swap what is inside the model's parameters
+            # Detached tensors: PyTorch may swap the content of the model's parameters
             bias = None if head.bias is None else head.bias.detach()
             head = replace(head, weight=head.weight.detach(), bias=bias)
             self.lm_head = lambda: head
-            if getattr(self.model, "is_quantized", False):  # whose weights cannot be moved to the meta device
+            if getattr(self.model, "is_quantized", False):  # its weights cannot be moved to the meta device
                 self.model._modules.clear()
             else:
                 self.model.to("meta")
@@ -67,8 +67,8 @@ class FrozenModel(WeakModel):
 
 class InitialModel(WeakModel):
     """
-    The model as it was handed in (M0) where only its entropies are needed. They are those of the strong model before
-    its first step, so no second model is kept.
+    The model as it was handed in (M0), for runs that need only its entropies. The strong model has the same entropies
+    before its first step, so no second model is kept.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

@@ -30,8 +30,8 @@ class TrainedModel(WeakModel):
     """
     A weak model of its own that is trained with the strong one (the paper's Algorithm 1).
 
-    It becomes a submodule of the strong model, so that one optimizer, gradient clipping and data parallelism cover
-    both; it is left out when that is saved.
+    It becomes a submodule of the strong model. So one optimizer, gradient clipping and data parallelism cover both. It
+    is left out when the strong model is saved.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -143,8 +143,8 @@ class TrainedAdapter(NamedAdapter):
         return function(hidden, head)
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
-        # In the middle of the model's own forward. Accelerate runs that in one autocast context, which must not be
-        # entered twice: it would stay on. What is under the adapter is not wrapped.
+        # This runs in the middle of the model's own forward. Accelerate runs that forward in one autocast context. The
+        # context must not be entered twice, or it would stay on. The model under the adapter is not wrapped in it.
         with active_adapter(self.model, self.name), recomputing_with(self.model, self.name):
             return unwrap_adapter(self.model)(**inputs).logits
 

@@ -50,8 +50,11 @@ def load_weak_model(name_or_path: str, strong: PreTrainedModel, **init_kwargs: A
 
 
 def weak_model_class(name_or_path: str, strong: PreTrainedModel, init_kwargs: dict[str, Any]) -> type:
-    """The class to load a weak model with: that of the strong model if the checkpoint names it, as TRL takes it for
-    the strong one. `AutoModelForCausalLM` may take the text part of a model that also sees images."""
+    """
+    The class to load a weak model with. It is the class of the strong model if the checkpoint names that. TRL chooses
+    the class of the strong model in the same way. `AutoModelForCausalLM` may take only the text part of a model that
+    also sees images.
+    """
     adapter = load_adapter_config(name_or_path, init_kwargs)
     if adapter is not None:
         name_or_path = adapter.base_model_name_or_path
@@ -74,15 +77,15 @@ def hub_options(init_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_tokenizer(name_or_path: str, init_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer stored with a weak model, which is loaded with `init_kwargs`; `None`, with a warning, if there is
-    none."""
+    """The tokenizer stored with a weak model. `None`, with a warning, if there is none. `init_kwargs` are those of the
+    model."""
     problem = "there is none"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_options(init_kwargs))
     except (OSError, ValueError, KeyError) as error:
         problem = first_line(error)
     else:
-        # For some architectures transformers 5.23 makes one without a vocabulary where it finds no files
+        # Where it finds no files, transformers 5.23 makes a tokenizer without a vocabulary for some architectures
         if len(tokenizer.get_vocab()) > len(tokenizer.added_tokens_decoder):
             return tokenizer
     warn(
@@ -96,7 +99,7 @@ def load_tokenizer(name_or_path: str, init_kwargs: dict[str, Any]) -> PreTrained
 
 @contextmanager
 def naming_weak_model(name_or_path: str) -> Iterator[None]:
-    """Say of a weak model that cannot be found which option it comes from."""
+    """If a weak model cannot be found, name the option in the error."""
     try:
         yield
     except (OSError, HFValidationError) as error:

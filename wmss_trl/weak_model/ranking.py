@@ -1,4 +1,4 @@
-"""Which earlier checkpoint should be the weak model: how far each candidate is from the strong one."""
+"""Which earlier checkpoint should be the weak model. Measures how far each candidate is from the strong model."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from .loading import check_same_vocabulary, load_tokenizer, load_weak_model, nam
 if TYPE_CHECKING:
     from ..config import WMSSConfig
 
-# Relative entropy gap below which a weak model is called too close. The paper (v2) finds no gain at a gap of about 0
-# and none beyond a sufficient one, without a number: this one is ours.
+# Below this relative entropy gap a weak model is called too close. The paper (v2) finds no gain at a gap of about 0,
+# and no further gain beyond a sufficient gap. It gives no number. This one is ours.
 MIN_RELATIVE_GAP = 0.05
 # Prefix of a `weak_model` that is to be chosen among the checkpoints in a folder
 AUTO = "auto:"
@@ -42,7 +42,7 @@ class Separation:
         weak_entropy, strong_entropy (`float`):
             Mean entropy of the examples under each model, nats.
         learnt_share, regressed_share (`float`):
-            Share of the examples whose entropy fell from the weak to the strong model, and of those where it rose.
+            Share of the examples whose entropy is lower under the strong model, and of those where it is higher.
         hard_negative_share (`float`):
             Share of the wrong tokens whose margin is smaller under the weak model. If it is 1, mixing raises the
             gradient on wrong tokens for sure (paper, Theorem 1).
@@ -224,8 +224,8 @@ def rank_weak_models(
             Whether a candidate may bring its own code.
 
     Returns:
-        `list[Separation]`: the best first: those that are far enough before those that are too close or more certain
-        than the strong model, and among each the one with the most hard negatives first.
+        `list[Separation]`: the best first. Candidates that are too close or more certain than the strong model come
+        last. Within each group the one with the most hard negatives comes first.
     """
     results = []
     for name in expand_candidates(candidates):

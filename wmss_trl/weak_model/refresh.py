@@ -1,4 +1,4 @@
-"""Iterated rounds: each weak-driven epoch mixes with the strong model as it was one round before."""
+"""Iterated rounds: each weak-driven epoch mixes with the strong model of one round before."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +21,8 @@ REFRESH_DEVICES = ("cpu", "same", "disk")
 
 class WeakRefresh(TrainerCallback):
     """
-    Callback that replaces the weak model at the start of each weak-driven epoch but the first: in round `t` it is the
-    strong model as it was at the start of round `t - 1` (paper, iterated form).
+    Callback that replaces the weak model at the start of each weak-driven epoch but the first. In round `t` the weak
+    model is the strong model of the start of round `t - 1` (paper, iterated form).
 
     Args:
         weak_reference ([`~wmss_trl.weak_model.base.WeakModel`]):
@@ -32,8 +32,8 @@ class WeakRefresh(TrainerCallback):
         first_epoch (`int`):
             First weak-driven epoch, counted from 0.
         device (`str`, *optional*, defaults to `"cpu"`):
-            Where the strong weights of the start of the round are kept until they become the weak ones: `"cpu"`,
-            `"same"` (the model's device) or `"disk"`.
+            Where the strong weights of the start of a round are kept until the next round, when they become the weak
+            ones: `"cpu"`, `"same"` (the model's device) or `"disk"`.
         folder (`str` or `Path`, *optional*):
             Folder for `"disk"`, with a file for each process.
 
@@ -72,7 +72,7 @@ class WeakRefresh(TrainerCallback):
             )
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.resume_from is not None:  # only now are the models in the form in which they were saved
+        if self.resume_from is not None:  # the engine has prepared the models by now, as it had when they were saved
             self.load(self.resume_from)
             self.resume_from = None
         self.epoch = int(state.epoch or 0) - 1  # `on_epoch_begin` comes next, in a resumed epoch too
