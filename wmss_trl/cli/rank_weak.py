@@ -40,7 +40,7 @@ def rank_weak(arguments: RankArguments, config: WMSSConfig) -> list[Separation]:
     expand_candidates(arguments.candidates)
     examples = load_examples(arguments.dataset, arguments.dataset_config, arguments.dataset_split)
     examples = examples.shuffle(seed=config.draw_seed).select(range(min(arguments.sample, len(examples))))
-    # Whose data preparation is that of a run
+    # SFTTrainer prepares the data as a run does
     trainer = SFTTrainer(arguments.model, convert_arguments(config, SFTConfig), train_dataset=examples)
     return rank_weak_models(
         trainer.model,

@@ -1,4 +1,4 @@
-"""Packing the active set: several documents in a row, which a padding-free forward keeps apart."""
+"""Packing the active set: several documents in a row. A padding-free forward keeps them apart."""
 
 from bisect import bisect_left, insort
 from itertools import chain
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-# As TRL's packing does, so that the search for room stays short
+# Like TRL's packing: the search for room stays short
 _DOCUMENTS_PER_BLOCK = 1000
 
 

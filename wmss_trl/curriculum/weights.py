@@ -7,7 +7,7 @@ import numpy as np
 # Of each variant, its published weights: difficulty, consolidation, repair
 VARIANT_WEIGHTS = {"released": (0.1, 0.8, 0.1), "v1": (0.1, 0.8, 0.1), "v2": (0.8, 0.1, 0.1)}
 CURRICULUM_VARIANTS = tuple(VARIANT_WEIGHTS)
-# Nats below 0 that the entropy of a certain prediction may have by rounding
+# Rounding may take the entropy of a certain prediction below 0, by up to so many nats
 _ENTROPY_ROUNDING = 1e-6
 
 
@@ -145,7 +145,7 @@ def draw_active_set(
     generator = np.random.Generator(np.random.PCG64(seed))
     candidates = np.flatnonzero(weights)
     if replacement:
-        # Sorted, because looking up millions of random values in a long array misses the cache each time
+        # Sorted: to look up millions of random values in a long array misses the cache each time
         cumulative = weights.cumsum()
         values = np.sort(generator.random(num_draws)) * cumulative[-1]
         drawn = np.minimum(cumulative.searchsorted(values, side="right"), candidates[-1])

@@ -8,8 +8,8 @@ from .models import ModelSize
 
 def communication(setup: Setup) -> dict[str, int]:
     """
-    Bytes that a GPU sends (and receives) in an optimizer step of one micro-batch, by ring collectives over n GPUs:
-    `(n - 1) / n` of the tensor for an all-gather or a reduce-scatter, twice that for an all-reduce.
+    Bytes that a GPU sends (and receives) in an optimizer step of one micro-batch, by ring collectives over n GPUs. An
+    all-gather or a reduce-scatter sends `(n - 1) / n` of the tensor, and an all-reduce twice that.
 
     Returns:
         `dict[str, int]`: `gather_forward` and `gather_backward` of the strong model's weights (the LM head is gathered
@@ -43,9 +43,9 @@ def compute(setup: Setup) -> dict[str, int]:
     FLOPs per GPU. A backward pass costs two forwards (one if the weights are frozen), checkpointing one of the layers.
 
     Returns:
-        `dict[str, int]`: `strong` and `weak`, of a training step; `scoring_first` and `scoring_later`, of scoring as
-        many tokens as a step has in the first weak-driven epoch and in later ones, which know a frozen weak model's
-        scores.
+        `dict[str, int]`: `strong` and `weak` of a training step. `scoring_first` and `scoring_later` of scoring as
+        many tokens as a step has, in the first weak-driven epoch and in later ones. Later epochs know the scores of a
+        frozen weak model.
     """
 
     def training(size: ModelSize, forward: int) -> int:
@@ -75,7 +75,7 @@ class Hardware:
         peak_flops (`float`, *optional*, defaults to 989e12):
             FLOP/s of a GPU (NVIDIA's data sheet of the H100 SXM, dense bf16).
         mfu (`float`, *optional*, defaults to 0.4):
-            Share of it that training and scoring reach, an assumption.
+            Share of it that training and scoring reach. An assumption.
         node_bandwidth, network_bandwidth (`float`, *optional*, default to 450e9 and 50e9):
             Bytes/s per GPU and direction within a node (NVLink of the H100) and between nodes (400 Gbit/s per GPU).
         gpus_per_node (`int`, *optional*, defaults to 8):
@@ -121,7 +121,7 @@ def times(setup: Setup, hardware: Hardware | None = None, active_fraction: float
         "overlapped": max(computation, transfer),
     }
     sft = overlapped(flops["strong"], sum(sent.values()) - sent["weak_model"])
-    # A forward of the whole weak model, which cached and joint do not have as such
+    # A forward of the whole weak model. `weak` is less with a cache and more with joint training
     forward = sent["weak_model"]
     if setup.weak in ("cached", "joint"):
         forward = communication(replace(setup, weak="model"))["weak_model"]

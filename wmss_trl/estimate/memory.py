@@ -2,7 +2,7 @@
 Memory of a process, part by part.
 
 Bytes of weights, gradients and optimizer states follow from what the engines allocate (checked with accelerate 1.15,
-DeepSpeed 0.19.8 and PyTorch 2.13); activations are estimated.
+DeepSpeed 0.19.8 and PyTorch 2.13). Activations are estimated.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,8 +13,7 @@ from .models import ModelSize
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
 WEAK_REFERENCES = ("none", "model", "adapter-off", "adapter", "cached", "joint")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-# DeepSpeed's defaults, in numbers: `reduce_bucket_size`, `stage3_max_live_parameters` (of which it keeps what it needs
-# again soon)
+# DeepSpeed's defaults: `reduce_bucket_size` and `stage3_max_live_parameters`, the most gathered weights that it keeps
 _ZERO_BUCKET, _ZERO_LIVE = 500_000_000, 1_000_000_000
 # What TRL 1.16's fused head holds of the logits in SFT: tokens, vocabulary
 _TRL_TILE = (4096, 32_768)
@@ -30,7 +29,7 @@ class Setup:
         model ([`ModelSize`]):
             The strong model.
         gpus (`int`, *optional*, defaults to `1`):
-            Number of GPUs, over all of which a sharded engine shards.
+            Number of GPUs. A sharded engine shards over all of them.
         engine (`str`, *optional*, defaults to `"ddp"`):
             `"ddp"`, `"fsdp2"`, `"zero2"`, `"zero3"`, or `"zero3_offload"` with parameters and optimizer in CPU memory.
         weak (`str`, *optional*, defaults to `"none"`):
@@ -46,7 +45,7 @@ class Setup:
         length (`int`, *optional*):
             Tokens per example. Defaults to `tokens`.
         scoring_tokens (`int`, *optional*):
-            Tokens per GPU in a forward pass of the scoring, which keeps no activations. Defaults to `tokens`.
+            Tokens per GPU in a forward pass of the scoring. It keeps no activations. Defaults to `tokens`.
         activation_checkpointing (`bool`, *optional*, defaults to `True`):
             TRL's default.
         dtype (`str`, *optional*, defaults to `"float32"`):
@@ -122,20 +121,20 @@ class Setup:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes per trained weight: FSDP2 upcasts them to float32 (accelerate), DeepSpeed casts the model to bf16 and
-        keeps its float32 copy with the optimizer, PEFT makes adapters float32."""
+        """Bytes per trained weight. FSDP2 upcasts them to float32 (accelerate). DeepSpeed casts the model to bf16 and
+        keeps a float32 copy with the optimizer. PEFT makes adapters float32."""
         if self.deepspeed:
             return self.compute_bytes
         return 4 if self.lora or (self.engine == "fsdp2" and self.bf16) else _DTYPE_BYTES[self.dtype]
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes per frozen weight: as it was loaded, but DeepSpeed casts it too."""
+        """Bytes per frozen weight, as it was loaded. DeepSpeed casts it too."""
         return self.compute_bytes if self.deepspeed else _DTYPE_BYTES[self.dtype]
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes per number between layers: under autocast alone, that of the weights."""
+        """Bytes per number between layers. Under autocast alone they have the dtype of the weights."""
         return _DTYPE_BYTES[self.dtype] if self.engine == "ddp" else self.compute_bytes
 
     @property

@@ -92,5 +92,5 @@ class ModelSize:
 
     def forward_flops(self, tokens: int, length: int) -> int:
         """FLOPs of a forward over `tokens` tokens in examples of `length`: 2 per parameter of the matrix products
-        (Kaplan et al., arXiv 2001.08361), and causal attention, which sees half of the example on average."""
+        (Kaplan et al., arXiv 2001.08361), and causal attention. That sees half of the example on average."""
         return 2 * tokens * (self.layers + self.head + length * self.query * self.num_layers)

@@ -1,8 +1,8 @@
 """
 Triton kernels of the fused mixed loss: what [`~wmss_trl.losses.linear_mixed_cross_entropy`] does to a tile of logits.
 
-The products with the LM heads stay with cuBLAS. One kernel reads both tiles once and folds them into the online
-softmax statistics of the three distributions; a second one overwrites the tiles with the gradients.
+cuBLAS computes the products with the LM heads. One kernel reads both tiles once and folds them into the online softmax
+statistics of the three distributions. A second one overwrites the tiles with the gradients.
 """
 
 import torch
@@ -15,7 +15,7 @@ from .options import MixOptions
 _BLOCK_SIZE = 1024
 # Neighbouring logits that one lane of the statistics reads at a time: 16 bytes of them in 16 bits
 _LANE_WIDTH = 8
-# Stands for a logit that is not there: its exponential is 0, and finite, it makes no NaN of 0 times itself
+# Stands for a logit that is not there. Its exponential is 0. It is finite, because 0 times infinity would be NaN
 _NO_LOGIT = tl.constexpr(-1e30)
 
 
@@ -101,7 +101,7 @@ def _statistics_kernel(
     BLOCK_SIZE: tl.constexpr,
     LANE_WIDTH: tl.constexpr,
 ):
-    # One program per token. Each lane keeps statistics of its own columns, which meet once, after the last block:
+    # One program per token. Each lane keeps statistics of its own columns. They meet once, after the last block:
     # reductions over a whole block would take most of the time
     # Before PyTorch 2.15, `torch.compile` passes Python floats as fp64
     mixing_lambda = tl.cast(mixing_lambda, tl.float32)
@@ -134,7 +134,7 @@ def _statistics_kernel(
         s_max, s_sum, s_sum_d = _fold(z_strong, s_max, s_sum, s_sum_d)
         w_max, w_sum, w_sum_d = _fold(z_weak, w_max, w_sum, w_sum_d)
         m_max, m_sum, m_sum_d = _fold(z_mix, m_max, m_sum, m_sum_d)
-        # Up to the last block that ends before the target; the columns between are looked at below
+        # Up to the last block that ends before the target. The columns between are looked at below
         max_before_target = tl.where(start + BLOCK_SIZE <= target, s_max, max_before_target)
 
     s_target = _transform(
@@ -190,7 +190,7 @@ def _gradient_kernel(
     NEEDS_WEAK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    # One program per token and block of the vocabulary; overwrites the products with their gradients
+    # One program per token and block of the vocabulary. Overwrites the products with their gradients
     # Before PyTorch 2.15, `torch.compile` passes Python floats as fp64
     mixing_lambda = tl.cast(mixing_lambda, tl.float32)
     anchor_weight = tl.cast(anchor_weight, tl.float32)

@@ -27,8 +27,8 @@ def evaluate_mixture(
     """
     Compare a model with its mixture with a weak model under teacher forcing.
 
-    A mixture much better than the strong model alone is the sign of burden sharing: the strong model leans on what
-    the weak one supplies, and is used without it.
+    If the mixture is much better than the strong model alone, that is the sign of burden sharing. The strong model
+    then leans on the weak one, but it is used without it.
 
     Args:
         strong (`torch.nn.Module`):
