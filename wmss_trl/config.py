@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .config_checks import TERM_WEIGHTS, check_options
+from .config_checks import TERM_WEIGHTS, WEAK_DTYPES, check_options
 from .curriculum.weights import CURRICULUM_VARIANTS, VARIANT_WEIGHTS
 from .losses.schedules import schedule_name
 from .option_types import check_option_types
@@ -144,7 +144,11 @@ class WMSSConfig(SFTConfig):
             given, the weak model is the model as it was handed in (the paper's M0).
         weak_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when the weak model is loaded
-            by name or path. `dtype` defaults to the strong model's.
+            by name or path.
+        weak_dtype (`str`, *optional*):
+            Precision of the weights of a frozen weak model that is a copy or is loaded by name or path: `"float32"`,
+            `"bfloat16"`, `"float16"`, or `"auto"` for that of the checkpoint (a copy stays as it is). Defaults to the
+            strong model's. A weak model on the strong model's own base has the precision of that.
 
     Raises:
         ValueError: If an option is of another type, out of range or not supported in this version.
@@ -270,6 +274,14 @@ class WMSSConfig(SFTConfig):
     weak_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments for `from_pretrained` when the weak model is loaded by name or path."},
+    )
+
+    weak_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of a frozen weak model that is a copy or is loaded. Defaults to the strong model's.",
+            "choices": list(WEAK_DTYPES),
+        },
     )
 
     def __post_init__(self):
