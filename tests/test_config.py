@@ -38,6 +38,16 @@ from wmss_trl.config_checks import CHECKS
         ({"scoring_tokens_per_batch": 0}, r"`scoring_tokens_per_batch` must be >= 1, got 0"),
         ({"scoring_batch_size": 4, "scoring_tokens_per_batch": 99}, r"Both `scoring_batch_size=4` and .*=99` are set"),
         ({"logits_buffer_mb": 0}, r"`logits_buffer_mb` must be >= 1, got 0. Leave it unset"),
+        ({"weak_dtype": "bf16"}, r"`weak_dtype` must be one of .*'bfloat16'.* got 'bf16'"),
+        ({"weak_dtype": "bfloat16", "train_weak": True}, r"`weak_dtype='bfloat16'` .*`train_weak=True`. Remove one"),
+        (
+            {"weak_dtype": "auto", "weak_model_init_kwargs": {"dtype": "float32"}},
+            r"Both `weak_dtype='auto'` and `weak_model_init_kwargs` .* Remove one",
+        ),
+        (
+            {"weak_dtype": "bfloat16", "weak_model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
+            r"Both `weak_dtype='bfloat16'` and .*quantization_config",
+        ),
         ({"rescore_epochs": 0}, r"`rescore_epochs` must be a whole number >= 1, got 0"),
         ({"rescore_epochs": 1.5}, r"`rescore_epochs` must be a whole number, got 1.5"),
         ({"score_file": "s.parquet"}, r"`score_file='s.parquet'` .* `sft_epochs=1` .* Set `sft_epochs=0`"),
@@ -222,12 +232,14 @@ def test_every_option_of_the_command_line_gets_its_type(tmp_path):
         "final_mixing_lambda": "1",
         "weak_refresh": "epoch",
         "weak_refresh_device": "same",
+        "weak_dtype": "bfloat16",
         "plot_curriculum": "no",
         "rescore_epochs": "2",
         "scoring_batch_size": "4",
         "logits_buffer_mb": "64",
         "train_weak": "false",
-        "weak_model_init_kwargs": '{"dtype": "bfloat16"}',
+        "weak_model_init_kwargs": '{"revision": "main"}',
+        "difficulty_weight": "0.3",
     }
     command_line = [f"--{option}={value}" for option, value in given.items()]
     (args,) = TrlParser(WMSSConfig).parse_args_and_config(["--config", str(tmp_path / "run.yaml"), *command_line])
@@ -240,12 +252,14 @@ def test_every_option_of_the_command_line_gets_its_type(tmp_path):
         "final_mixing_lambda": 1.0,
         "weak_refresh": "epoch",
         "weak_refresh_device": "same",
+        "weak_dtype": "bfloat16",
         "plot_curriculum": False,
         "rescore_epochs": 2,
         "scoring_batch_size": 4,
         "logits_buffer_mb": 64,
         "train_weak": False,
-        "weak_model_init_kwargs": {"dtype": "bfloat16"},
+        "weak_model_init_kwargs": {"revision": "main"},
+        "difficulty_weight": 0.3,
     }
     assert {option: getattr(args, option) for option in expected} == expected
     (tmp_path / "run.yaml").write_text("output_dir: run\nbf16: false\nuse_cpu: true\nsft_epochs: 1.5\n")

@@ -1,15 +1,20 @@
 import copy
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .config_checks import TERM_WEIGHTS, check_options
+from .config_checks import TERM_WEIGHTS, WEAK_DTYPES, check_options
 from .curriculum.weights import CURRICULUM_VARIANTS, VARIANT_WEIGHTS
-from .losses.schedules import schedule_name
+from .losses.schedules import LambdaSchedule, schedule_name
 from .option_types import check_option_types
 from .user_warnings import warn
+
+if TYPE_CHECKING:
+    ScheduleOption = str | LambdaSchedule
+else:  # what a command line can give
+    ScheduleOption = str
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -66,7 +71,7 @@ class WMSSConfig(SFTConfig):
             Weight `a` in `[0, 1)` of the strong model's own cross-entropy: the loss is `a * CE(z_strong) + (1 - a) *
             CE(z_mix)`. `0.0` is the published method. An insurance against losing to SFT, not an improvement (see the
             study in the documentation).
-        lambda_schedule (`str`, *optional*, defaults to `"constant"`):
+        lambda_schedule (`str` or `Callable[[float], float]`, *optional*, defaults to `"constant"`):
             How `mixing_lambda` changes over the weak-driven steps: `"constant"`, `"linear"` or `"cosine"` from
             `mixing_lambda` to `final_mixing_lambda`, `"crossover"` (paper v2: `1 / (1 + sqrt(a))` with `a` the squared
             ratio of the centered logit norms of strong and weak model, measured at the start of each weak-driven epoch
@@ -144,7 +149,11 @@ class WMSSConfig(SFTConfig):
             given, the weak model is the model as it was handed in (the paper's M0).
         weak_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when the weak model is loaded
-            by name or path. `dtype` defaults to the strong model's.
+            by name or path.
+        weak_dtype (`str`, *optional*):
+            Precision of the weights of a frozen weak model that is a copy or is loaded by name or path: `"float32"`,
+            `"bfloat16"`, `"float16"`, or `"auto"` for that of the checkpoint (a copy stays as it is). Defaults to the
+            strong model's. A weak model on the strong model's own base has the precision of that.
 
     Raises:
         ValueError: If an option is of another type, out of range or not supported in this version.
@@ -160,7 +169,7 @@ class WMSSConfig(SFTConfig):
         default=0.0,
         metadata={"help": "Weight in [0, 1) of the strong model's own cross-entropy beside the mixed one."},
     )
-    lambda_schedule: str = field(
+    lambda_schedule: ScheduleOption = field(
         default="constant",
         metadata={
             "help": "How mixing_lambda changes over the weak-driven steps: constant, linear, cosine, crossover, or a "
@@ -270,6 +279,14 @@ class WMSSConfig(SFTConfig):
     weak_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments for `from_pretrained` when the weak model is loaded by name or path."},
+    )
+
+    weak_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of a frozen weak model that is a copy or is loaded. Defaults to the strong model's.",
+            "choices": list(WEAK_DTYPES),
+        },
     )
 
     def __post_init__(self):

@@ -10,6 +10,8 @@ from .losses.schedules import make_lambda_schedule, schedule_name
 if TYPE_CHECKING:
     from .config import WMSSConfig
 
+WEAK_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPE_KWARGS = {"dtype", "torch_dtype", "quantization_config"}
 TERM_WEIGHTS = ("difficulty_weight", "consolidation_weight", "repair_weight")
 
 
@@ -156,6 +158,23 @@ CHECKS = [
         "`curriculum=False` has no scoring pass in which it is written",
     ),
     _cache_check("packing", lambda args: args.packing, "`packing=True` is not supported with it in this version"),
+    Check(
+        "weak_dtype",
+        lambda args: args.weak_dtype not in (None, *WEAK_DTYPES),
+        f"`weak_dtype` must be one of {list(WEAK_DTYPES)} or None, got {{weak_dtype!r}}.",
+    ),
+    Check(
+        "weak_dtype train_weak",
+        lambda args: args.weak_dtype is not None and args.train_weak,
+        "`weak_dtype={weak_dtype!r}` is for a weak model that is not trained, but `train_weak=True`. Remove one of "
+        "them.",
+    ),
+    Check(
+        "weak_dtype weak_model_init_kwargs",
+        lambda args: args.weak_dtype is not None and bool(_DTYPE_KWARGS & {*(args.weak_model_init_kwargs or ())}),
+        "Both `weak_dtype={weak_dtype!r}` and `weak_model_init_kwargs` (`dtype`, `quantization_config`) say in which "
+        "precision the weak model is loaded. Remove one of them.",
+    ),
     Check(
         "train_weak mixing_lambda",
         lambda args: args.train_weak and not args.mixes_logits,

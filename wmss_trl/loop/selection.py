@@ -304,8 +304,9 @@ class Selection:
         if self.weak_reference.trained and self.sampler.strong_entropy is not None:
             weak_entropy = None  # has changed since the last draw
         if self.args.weak_refresh == "epoch" and (self.sampler.epoch or 0) > self.args.sft_epochs:
-            # The weak model is what the strong one was at the draw before
-            weak_entropy = self.sampler.strong_entropy if self.args.rescore_epochs == 1 else None
+            # The weak model is what the strong one was at the draw before, unless it is rounded
+            known = self.args.rescore_epochs == 1 and self.args.weak_dtype is None
+            weak_entropy = self.sampler.strong_entropy if known else None
         fill_cache = self.hidden_cache is not None and not self.hidden_cache.complete
         if fill_cache:
             weak_entropy = None

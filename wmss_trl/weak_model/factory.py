@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from ..config import WMSSConfig
 
 
+_NO_COPY = "the weak model is on the base of `model`, or is `model` before its first step"
+
+
 def make_weak_reference(
     weak_model: str | nn.Module | None,
     current_strong: Callable[[], "PreTrainedModel | PeftModel"],
@@ -81,12 +84,21 @@ def make_weak_reference(
             f"`weak_model_init_kwargs={init_kwargs}` apply to a weak model that is loaded by name or path. Set "
             "`weak_model_name_or_path`, or remove them."
         )
+    if args.weak_dtype is not None:
+        if isinstance(weak_model, nn.Module):
+            raise refused_dtype(
+                args, "is not applied to a model that is handed in as an object. Load it in this precision"
+            )
+        if weak_model is not None:
+            init_kwargs = {**(init_kwargs or {}), "dtype": args.weak_dtype}
     if weak_model is None and initial_model is not None:
         weak_model = initial_model
         check_same_vocabulary(strong, weak_model)
     elif weak_model is None:
         weak_model = initial_reference(current_strong, args, peft_config)
         if isinstance(weak_model, WeakModel):
+            if args.weak_dtype is not None:
+                raise refused_dtype(args, f"cannot be applied: {_NO_COPY}. Pass the folder of a whole model")
             return weak_model
     else:
         if isinstance(weak_model, str):
@@ -101,6 +113,8 @@ def make_weak_reference(
                     and not trains_base(strong)
                     and {*map(effect_on_base, (config, strong.active_peft_config))} == {"none"}
                 ):
+                    if args.weak_dtype is not None:
+                        raise refused_dtype(args, f"cannot be applied: {_NO_COPY}. Merge the adapter into its base")
                     check_same_vocabulary(strong, strong, processing_class, weak_tokenizer)
                     name = load_adapter(strong, weak_model, config, init_kwargs)
                     return (TrainedAdapter if args.train_weak else NamedAdapter)(current_strong, name)
@@ -116,10 +130,11 @@ def make_weak_reference(
             weak_tokenizer = load_tokenizer(folder, {}) if folder and Path(folder).is_dir() else None
         check_whole(weak_model, "weak_model", "weak_model_init_kwargs")
         check_same_vocabulary(strong, weak_model, processing_class, weak_tokenizer)
+    check_not_quantised(weak_model, args)
     head_problem = add_head_access(unwrap_adapter(weak_model))
     if not args.train_weak:
         reference = FrozenModel(weak_model, accelerator, head_problem, owned)
-        reference.starts_as_strong = initial_model is None
+        reference.starts_as_strong = initial_model is None and weak_model.dtype == strong.dtype
         return reference
     if is_peft_model(strong):
         raise ValueError(
@@ -149,10 +164,12 @@ def keep_initial_model(
         stacklevel=3,
     )
     if not isinstance(model, str):
-        return frozen_copy(model)
+        return frozen_copy(model, args)
     init_kwargs = {"device_map": None, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         init_kwargs["quantization_config"] = quantization_config
+    if args.weak_dtype is not None:
+        init_kwargs["dtype"] = args.weak_dtype
     return create_model_from_path(model, **init_kwargs)
 
 
@@ -195,7 +212,7 @@ def initial_reference(
             "which takes the memory of a second base.",
             stacklevel=5,
         )
-    return frozen_copy(strong)
+    return frozen_copy(strong, args)
 
 
 def check_start_of_adapter(strong: "PeftModel", args: "WMSSConfig", peft_config: "PeftConfig") -> None:
@@ -231,17 +248,29 @@ def starts_as_base(model: "PeftModel") -> bool:
     return result[0]
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+def refused_dtype(args: "WMSSConfig", problem: str) -> ValueError:
+    return ValueError(f"`weak_dtype={args.weak_dtype!r}` {problem}, or remove `weak_dtype`.")
+
+
+def check_not_quantised(model: PreTrainedModel, args: "WMSSConfig") -> None:
+    if args.weak_dtype is not None and getattr(unwrap_adapter(model), "is_quantized", False):
+        raise refused_dtype(args, "cannot be applied to weights that are quantised. Pass a `weak_model` that is not")
+
+
+def frozen_copy(model: PreTrainedModel, args: "WMSSConfig") -> PreTrainedModel:
     """
     Copy of a model for use as the weak model, on the same device.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A model that the SFTTrainer has taken in.
+        args ([`WMSSConfig`]):
+            Arguments of the run, of which `weak_dtype` is the copy's precision.
 
     Raises:
-        ValueError: If the model is split over several devices.
+        ValueError: If the model is split over several devices, or is quantised and has a `weak_dtype`.
     """
+    check_not_quantised(model, args)
     base = unwrap_adapter(model)
     if hasattr(base, "_old_forward"):
         raise ValueError(
@@ -253,7 +282,22 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         if in_zero3(parameter):  # the copy is empty
             with gathered([parameter]):
                 copied.data = parameter.data.to("cpu", copy=True)
+    if args.weak_dtype not in (None, "auto"):
+        cast_parameters(weak, getattr(torch, args.weak_dtype))
     # A patched forward (TRL 1.16's fused LM head, ours) is an attribute of the instance. It runs the original model
     for patch in ("forward", "forward_without_head_access"):
         vars(unwrap_adapter(weak)).pop(patch, None)
     return weak
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a model in place to what `from_pretrained(dtype=...)` would load: buffers such as the frequencies of rotary
+    embeddings stay as they are, and so do weights that their architecture wants in float32."""
+    base = unwrap_adapter(model)
+    kept = {*(getattr(base, "_keep_in_fp32_modules_strict", None) or ())}
+    if dtype == torch.float16:
+        kept |= {*(getattr(base, "_keep_in_fp32_modules", None) or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    base.config.dtype = dtype
