@@ -271,6 +271,12 @@ def checkpointing_option() -> str:
     return new if hasattr(TrainingArguments, new) else "gradient_checkpointing"
 
 
+def checkpointing_kwargs(args: Any) -> dict[str, Any]:
+    """The keyword arguments of activation checkpointing that transformers goes by. TRL 1.16 writes into those of the
+    older name, which transformers reads before 5.23 only."""
+    return getattr(args, f"{checkpointing_option()}_kwargs") or {}
+
+
 def warn_of_changes() -> None:
     """Check what the modules that are imported by now have to provide, and warn of what has changed. Each entry of the
     table is checked once, and nothing is imported for it."""

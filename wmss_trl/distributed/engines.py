@@ -11,7 +11,11 @@ from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+<<<<<<< HEAD:wmss_trl/distributed/engines.py
 from ..compatibility import checkpointing_option
+=======
+from .compatibility import checkpointing_kwargs, checkpointing_option
+>>>>>>> main:wmss_trl/engines.py
 
 if TYPE_CHECKING:
     from ..config import WMSSConfig
@@ -102,10 +106,11 @@ def check_engine(args: "WMSSConfig", accelerator: Accelerator, has_adapter: bool
                 "`train_weak=True` starts the weak model's optimizer states after phase 1, which the optimizer of the "
                 "DeepSpeed configuration cannot do. Remove `optimizer` there and set `optim`, or set `sft_epochs=0`."
             )
-    if args.train_weak and has_adapter and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if args.train_weak and has_adapter and checkpointing_kwargs(args).get("use_reentrant"):
         raise ValueError(
             "`train_weak=True` recomputes a layer with the adapter that ran it, which "
-            f"`{checkpointing_option()}_kwargs={{'use_reentrant': True}}` cannot do. Set it to False."
+            f"`{checkpointing_option()}_kwargs={{'use_reentrant': True}}` cannot do. Set it to False, or "
+            f"`{checkpointing_option()}=False` under ZeRO-3 before transformers 5.23, where TRL sets it."
         )
     if engine == "fsdp2" and args.train_weak:
         plugin = accelerator.state.fsdp_plugin
