@@ -13,7 +13,6 @@ FACTORS: dict[str, list[str]] = {
     "architecture": ["qwen3-tied", "llama-untied", "gemma3-softcap", "qwen3-moe", "granite-moe", "gpt-neox-biases"],
     "adapter": ["none", "lora", "lora-biases", "dora", "trained"],
     "weak": ["m0", "folder", "object", "smaller", "adapter", "auto", "4-bit"],
-    "weak_dtype": ["strong", "bfloat16"],
     "train_weak": ["no", "yes"],
     "weak_refresh": ["never", "epoch"],
     "weak_cache": ["none", "hidden"],

@@ -11,7 +11,7 @@ from reference import ReferenceRun, Settings, Step, draw, order_of_epoch, sampli
 from rows import PROBE, logits_of
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
-from world import GLOBAL_BATCH, NUM_EXAMPLES, PACKED_LENGTH, World, learning_rate, make_collator, make_dataset, rounds
+from world import GLOBAL_BATCH, NUM_EXAMPLES, PACKED_LENGTH, World, learning_rate, make_collator, make_dataset
 
 Record = dict[str, Any]
 
@@ -80,7 +80,6 @@ def settings_of(world: World, record: Record) -> Settings:
         group_size=GLOBAL_BATCH,
         score_file=(scores["weak"], scores["strong"]) if row["curriculum"] == "score-file" else None,
         bf16=row["precision"] == "bf16",
-        weak_bfloat16=row["weak_dtype"] == "bfloat16",
     )
 
 
@@ -182,8 +181,7 @@ def judge(world: World, records: list[Record]) -> dict[str, float]:
     settings, steps = settings_of(world, record), steps_of(world, records, index)
     check_draws(world, settings, record, steps, [len(ids) for ids, _ in examples])
 
-    precision = "bf16" if rounds(row) else "fp32"
-    loss_tolerance, weight_tolerance = LOSS_TOLERANCE[precision], WEIGHT_TOLERANCE[precision]
+    loss_tolerance, weight_tolerance = LOSS_TOLERANCE[row["precision"]], WEIGHT_TOLERANCE[row["precision"]]
     strong, weak = models_of(world, record)
     if record["weak_before"] is not None and row["weak"] != "4-bit":
         expected = logits_of(weak, row["precision"])
@@ -191,7 +189,7 @@ def judge(world: World, records: list[Record]) -> dict[str, float]:
     reference = ReferenceRun(settings, strong, weak, examples, eval_examples)
     result = reference.run(steps, save_every=3)
 
-    entropy_tolerance = ENTROPY_TOLERANCE[precision]
+    entropy_tolerance = ENTROPY_TOLERANCE[row["precision"]]
     for epoch, pair in result.entropies.items():
         for name, expected in zip(("weak_entropy", "strong_entropy"), pair, strict=True):
             assert_close(f"{name} of epoch {epoch}", record["draws"][epoch][name], expected, entropy_tolerance)

@@ -42,7 +42,6 @@ class Settings:
     seed: int = 42
     score_file: tuple[np.ndarray, np.ndarray] | None = None
     bf16: bool = False
-    weak_bfloat16: bool = False
 
 
 @dataclass
@@ -118,14 +117,12 @@ class ReferenceRun:
         if settings.refresh:
             self.weak = self.weak if self.next_weak is None else self.next_weak
             self.next_weak = copy.deepcopy(self.strong).eval()
-            for parameter in self.next_weak.parameters() if settings.weak_bfloat16 else ():
-                parameter.data = parameter.data.bfloat16()
         if settings.curriculum:
             number, before = epoch - settings.sft_epochs, result.entropies.get(epoch - 1)
             weak, strong = self.entropies(self.weak), self.entropies(self.strong)
             if settings.score_file is not None and not settings.train_weak:
                 weak = settings.score_file[0]
-            if settings.refresh and before is not None and not settings.weak_bfloat16:
+            if settings.refresh and before is not None:
                 weak = before[1]
             result.entropies[epoch] = (weak, strong) if number or settings.score_file is None else settings.score_file
         if settings.schedule == "crossover":

@@ -182,12 +182,7 @@ def make_collator(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def learning_rate(row: Row) -> float:
     """Rounding to bfloat16 must not grow into another run."""
-    return 1e-3 if rounds(row) else 1e-2
-
-
-def rounds(row: Row) -> bool:
-    """Whether a logit of either model is rounded to bfloat16."""
-    return row["precision"] == "bf16" or row["weak_dtype"] == "bfloat16"
+    return 1e-2 if row["precision"] == "fp32" else 1e-3
 
 
 @dataclass
@@ -248,16 +243,15 @@ class World:
     def weak(self) -> PreTrainedModel | PeftModel:
         """The weak model at the start of the run, loaded without the package."""
         kind, folder = self.row["weak"], self.folder
-        dtype = torch.bfloat16 if self.row["weak_dtype"] == "bfloat16" else torch.float32
         if kind == "m0":
-            return rounded(self.handed_in(), dtype)
+            return self.handed_in()
         if kind == "adapter":
             trained = self.row["train_weak"] == "yes"
-            return rounded(PeftModel.from_pretrained(self.base(), folder / "adapter", is_trainable=trained), dtype)
+            return PeftModel.from_pretrained(self.base(), folder / "adapter", is_trainable=trained)
         if kind == "4-bit":
             return AutoModelForCausalLM.from_pretrained(folder / "weak", **self.four_bit)
         name = {"auto": "auto/checkpoint-3", "smaller": "smaller"}.get(kind, "weak")
-        return AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(folder / name)
 
     four_bit = {  # noqa: RUF012
         "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -294,7 +288,6 @@ class World:
             "anchor_weight": float(row["anchor"]),
             "lambda_schedule": "constant" if row["schedule"] == "lambda-1" else row["schedule"],
             "loss_type": row["loss_type"],
-            "weak_dtype": None if row["weak_dtype"] == "strong" else row["weak_dtype"],
             "train_weak": row["train_weak"] == "yes",
             "weak_refresh": row["weak_refresh"],
             "weak_cache": None if row["weak_cache"] == "none" else row["weak_cache"],
@@ -341,13 +334,6 @@ class World:
         scores = np.load(self.folder / "scores.npz")
         columns = {"weak_entropy": scores["weak"], "strong_entropy": scores["strong"], "tokens": token_counts}
         pq.write_table(pa.table({"index": np.arange(NUM_EXAMPLES), **columns}), self.folder / "scores.parquet")
-
-
-def rounded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """With its weights in another precision."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def copy_of(args: TrainingArguments) -> dict[str, Any]:
