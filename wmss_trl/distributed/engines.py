@@ -11,11 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-<<<<<<< HEAD:wmss_trl/distributed/engines.py
-from ..compatibility import checkpointing_option
-=======
-from .compatibility import checkpointing_kwargs, checkpointing_option
->>>>>>> main:wmss_trl/engines.py
+from ..compatibility import checkpointing_kwargs, checkpointing_option
 
 if TYPE_CHECKING:
     from ..config import WMSSConfig
