@@ -153,6 +153,8 @@ TABLE = (
     ),
     Reliance("transformers.models.auto.auto_factory:_BaseAutoModelClass._model_mapping", "weak_model.loading"),
     Reliance("transformers.modeling_utils:PreTrainedModel._no_split_modules", "distributed.engines"),
+    Reliance("transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules", "weak_model.factory"),
+    Reliance("transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules_strict", "weak_model.factory"),
     Reliance(
         "transformers.modeling_utils:PreTrainedModel._set_gradient_checkpointing",
         "modeling.adapters",

@@ -134,7 +134,10 @@ def make_weak_reference(
     head_problem = add_head_access(unwrap_adapter(weak_model))
     if not args.train_weak:
         reference = FrozenModel(weak_model, accelerator, head_problem, owned)
-        reference.starts_as_strong = initial_model is None and weak_model.dtype == strong.dtype
+        reference.starts_as_strong = initial_model is None and getattr(weak_model, "dtype", None) in (
+            None,
+            strong.dtype,
+        )
         return reference
     if is_peft_model(strong):
         raise ValueError(
