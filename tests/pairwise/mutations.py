@@ -22,10 +22,13 @@ from factors import read_rows
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import wmss_trl.loop.selection
+import wmss_trl.loop.step
+import wmss_trl.loop.two_phase
 import wmss_trl.modeling.adapters
 import wmss_trl.scoring.hidden_cache
 import wmss_trl.scoring.score_cache
 import wmss_trl.trainer
+import wmss_trl.weak_model.adapters
 import wmss_trl.weak_model.factory
 from wmss_trl.curriculum import CurriculumSampler
 from wmss_trl.trainer import WMSSTrainer
@@ -48,7 +51,7 @@ def replaced(owner: Any, name: str, make: Callable[[Callable], Callable]) -> Abs
 
 @mutation
 def a_resume_does_not_ask_for_the_global_batch():
-    with patch.object(wmss_trl.trainer, "check_same_steps", lambda *args: None):
+    with patch.object(wmss_trl.loop.two_phase, "check_same_steps", lambda *args: None):
         yield
 
 
@@ -89,7 +92,7 @@ def scale_and_softcap_of_the_weak_logits_are_forgotten():
     def make(original):
         return lambda *args, **kwargs: original(*args, **kwargs | {"weak_scale": 1.0, "weak_softcap": None})
 
-    with replaced(wmss_trl.trainer, "linear_mixed_cross_entropy", make):
+    with replaced(wmss_trl.loop.step, "linear_mixed_cross_entropy", make):
         yield
 
 
@@ -150,9 +153,9 @@ def the_draw_is_that_of_the_first_redraw():
 @mutation
 def lambda_weighs_the_weak_model():
     def make(original):
-        return lambda *args, **kwargs: original(*args[:5], 1 - args[5], *args[6:], **kwargs)
+        return lambda *args, mixing_lambda, **kwargs: original(*args, mixing_lambda=1 - mixing_lambda, **kwargs)
 
-    with replaced(wmss_trl.trainer, "linear_mixed_cross_entropy", make):
+    with replaced(wmss_trl.loop.step, "linear_mixed_cross_entropy", make):
         yield
 
 
@@ -185,7 +188,7 @@ def the_adapter_stays_on_for_the_weak_logits():
     def active_adapter(model, name):
         yield
 
-    with patch.object(wmss_trl.weak_model.factory, "active_adapter", active_adapter):
+    with patch.object(wmss_trl.weak_model.adapters, "active_adapter", active_adapter):
         yield
 
 
@@ -208,7 +211,7 @@ def a_trained_weak_model_gets_no_gradient():
 
         return loss
 
-    with replaced(wmss_trl.trainer, "linear_mixed_cross_entropy", make):
+    with replaced(wmss_trl.loop.step, "linear_mixed_cross_entropy", make):
         yield
 
 
