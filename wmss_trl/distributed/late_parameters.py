@@ -1,14 +1,10 @@
 """Parameters that are trained only from some epoch on."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    pass
 
 
 class LateParameters(TrainerCallback):

@@ -1,16 +1,12 @@
 """Identity of a model's weights."""
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..distributed.sharding import full_tensor, gathered
-
-if TYPE_CHECKING:
-    pass
 
 
 def fingerprint(parameters: dict[str, nn.Parameter]) -> str:

@@ -1,7 +1,7 @@
 """Loss and calibration of the strong model and of the mixture on held-out data."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +11,6 @@ from torch import nn
 from ..losses.entropy import next_token_targets
 from ..losses.mixed import mixed_loss
 from ..modeling.modes import evaluating
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate_mixture(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
@@ -12,10 +12,6 @@ from ..distributed.sharding import in_zero3, parameters_at_rest
 from ..modeling.fingerprint import fingerprint
 from ..modeling.lm_head import LMHead, lm_head_of
 from ..modeling.modes import unwrap_adapter
-
-if TYPE_CHECKING:
-    pass
-
 
 T = TypeVar("T")
 

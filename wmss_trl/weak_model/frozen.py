@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +12,6 @@ from transformers import PreTrainedModel
 from ..distributed.engines import prepare_frozen
 from ..distributed.sharding import is_sharded
 from ..modeling.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    pass
-
-
 from .base import WeakModel
 
 
